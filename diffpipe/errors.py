@@ -1,0 +1,47 @@
+"""What went wrong, in the user's words: the one exception that the command line turns into a short message."""
+
+from __future__ import annotations
+
+
+class DiffpipeError(Exception):
+    """A fault that the user can cure.
+
+    Args:
+        found: what was found, naming the value.
+        where: the config key (``batch.micro``) or the file it was found in.
+        expected: what would have been right.
+        fix: what to change.
+    """
+
+    def __init__(self, found: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        self.found, self.where, self.expected, self.fix = found, str(where), expected, fix
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        head = f"{self.where}: {self.found}" if self.where else self.found
+        lines = [head]
+        if self.expected:
+            lines.append(f"  expected: {self.expected}")
+        if self.fix:
+            lines.append(f"  fix: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self):
+        # Crosses process borders (loader workers, spawned ranks): rebuilt from its parts, not from the joined text.
+        return _rebuild, (type(self), self.found, self.where, self.expected, self.fix)
+
+
+class ConfigError(DiffpipeError):
+    """One or more faults of a config file, reported together."""
+
+
+class MediaError(DiffpipeError):
+    """A media or caption file that cannot become a sample."""
+
+
+class CheckpointError(DiffpipeError):
+    """Weights or a training state that are not what the config says."""
+
+
+def _rebuild(kind: type[DiffpipeError], found: str, where: str, expected: str, fix: str) -> DiffpipeError:
+    return kind(found, where=where, expected=expected, fix=fix)
