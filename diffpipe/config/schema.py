@@ -109,7 +109,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of the learning rate after warm-up; linear and cosine end at 0 at the last step.")
+    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of the learning rate after warm-up; linear and cosine would reach 0 one step after the last.")
     warmup: int = Field(0, ge=0, description="Steps over which the rate rises linearly from lr/warmup to lr.")
 
 

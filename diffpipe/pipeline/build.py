@@ -1,0 +1,99 @@
+"""Everything that is done to a model before it trains, in order: adapt, cut, read, recompute, schedule."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpipe.config.schema import Config
+from diffpipe.errors import ConfigError
+from diffpipe.models.base import DiffusionModel
+from diffpipe.models.lora import attach_lora, base_name, init_lora, is_lora, resolve_targets
+from diffpipe.pipeline.cut import Fakes, Part, Probe
+from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.split import Span, split
+from diffpipe.pipeline.stage import Stage
+
+LoadProgress = Callable[[int, int], None]  # bytes read, bytes to read
+
+
+def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgress = lambda done, total: None) -> Pipeline:
+    """The pipeline of a config, this rank's weights read and on its device."""
+    whole, spans = outline(config, model)
+    precision = precision_of(config, mesh.device)
+    fakes = Fakes(mesh.device)
+    twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans]
+    for twin in twins:
+        fakes.fill(twin)
+    probe = Probe(twins, fakes, precision)
+    part = Part(whole, model.spec, *spans[mesh.stage], fakes)
+    read_weights(part, model, config, mesh.device, progress)
+    if config.memory.recompute == "block":
+        for unit in part.units:
+            recompute(part.model.get_submodule(unit))
+    return Pipeline(Stage(part, precision, mesh.device), mesh, probe)
+
+
+def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
+    """The whole model on meta, adapted and with only trained parameters requiring gradients, and its spans."""
+    whole = model.load_denoiser()
+    if config.adapter is not None:
+        names = resolve_targets(model, whole, config.adapter)
+        attach_lora(whole, names, config.adapter, getattr(torch, config.model.trainable_dtype))
+    else:
+        whole.requires_grad_(True)
+    _freeze(whole, config)
+    return whole, split(whole, model.spec, config.mesh)
+
+
+def precision_of(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the context that computes in ``model.dtype``."""
+    dtype = getattr(torch, config.model.dtype)
+    if dtype == torch.float32:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def read_weights(part: Part, model: DiffusionModel, config: Config, device: torch.device, progress: LoadProgress) -> None:
+    """Fill what the part owns, one tensor at a time straight to the device, so that the host never holds two."""
+    source = model.weights()
+    trainable = getattr(torch, config.model.trainable_dtype)
+    wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta and not is_lora(n)]
+    total = sum(t.numel() * t.element_size() for _, t in wanted)
+    done = 0
+    for name, empty in wanted:
+        dtype = trainable if empty.requires_grad else model.dtype_of(base_name(name))
+        _place(part.model, name, source.read(base_name(name), dtype).to(device))
+        done += empty.numel() * empty.element_size()
+        progress(done, total)
+    if config.adapter is not None:
+        init_lora(part.model, model, config.adapter, config.run.seed, device)
+    part.to(device)
+
+
+def _place(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    owner_module = module.get_submodule(owner)
+    old = owner_module._parameters.get(leaf)
+    if old is not None:
+        owner_module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+    else:
+        owner_module._buffers[leaf] = value
+
+
+def _freeze(module: nn.Module, config: Config) -> None:
+    """Parameters of groups whose rate is 0 do not train."""
+    for name, parameter in module.named_parameters():
+        group = next((g for g in config.optimizer.groups if re.search(g.match, name)), None)
+        if group is not None and group.lr == 0:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("no parameter is left to train", where="optimizer.groups", fix="give some group a rate above 0")

@@ -1,0 +1,328 @@
+"""A model's part: the model's own ``forward`` with holes where other stages hold the modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from diffpipe.models.base import StageSpec
+
+
+def expand(module: nn.Module, paths: Iterable[str]) -> list[str]:
+    """The paths with each ``list.*`` replaced by one path per entry of that list."""
+    found: list[str] = []
+    for path in paths:
+        if path.endswith(".*"):
+            entries = module.get_submodule(path[:-2])
+            found += [f"{path[:-2]}.{i}" for i, _ in enumerate(entries.children())]
+        else:
+            found.append(path)
+    return found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of a payload form the outputs they were taken from.
+
+    Attributes:
+        calls: by module path, one tree per call of that module, with the leaves that are no tensors.
+        index: for each tensor leaf in order, its place in the payload; a tensor used twice crosses once.
+    """
+
+    calls: dict[str, list[tuple[TreeSpec, dict[int, Any]]]]
+    index: list[int]
+
+
+class _Leave(Exception):
+    """Ends the forward of a stage that is not the last."""
+
+
+class Fakes:
+    """Shapes without memory: copies of modules on fake tensors of the device they would run on.
+
+    Fake rather than meta tensors, since autocast acts on them as on real ones.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        # What is copied lies on meta, also while the mode is on.
+        self.mode, self.device = FakeTensorMode(allow_non_fake_inputs=True), device
+
+    def tensor(self, like: Tensor) -> Tensor:
+        with self.mode:
+            fake = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        return fake.requires_grad_(like.requires_grad)
+
+    def fill(self, module: nn.Module) -> None:
+        """Put fake tensors in the place of all parameters and buffers."""
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                if p is not None:
+                    part._parameters[name] = nn.Parameter(self.tensor(p.detach()), requires_grad=p.requires_grad)
+            for name, b in part._buffers.items():
+                if b is not None:
+                    part._buffers[name] = self.tensor(b)
+
+
+class _Hole(nn.Module):
+    """A module that another stage holds: answers for its attributes, owns no parameter."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["absent"] = module
+        first = next(module.parameters(), None)
+        if first is not None:
+            # diffusers asks modules for their dtype through their first parameter or buffer.
+            self.register_buffer("dtype_tag", torch.empty(0, dtype=first.dtype), persistent=False)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["absent"], name)
+
+
+class _Stub(_Hole):
+    """Gives outputs of the right structure and shape, zeros that take no memory."""
+
+    def __init__(self, module: nn.Module, fakes: Fakes) -> None:
+        super().__init__(module)
+        self.__dict__["fakes"] = fakes
+        self.__dict__["known"] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = tree_flatten((args, kwargs))
+        device = next(x.device for x in leaves if isinstance(x, Tensor))
+        signature = (signature_of(leaves), torch.is_autocast_enabled(device.type))
+        if signature not in self.known:
+            self.known[signature] = self._shapes(leaves, tree)
+
+        def zeros(x: Any) -> Any:
+            return torch.zeros((), dtype=x.dtype, device=device).expand(x.shape) if isinstance(x, Tensor) else x
+
+        return tree_map(zeros, self.known[signature])
+
+    def _shapes(self, leaves: list[Any], tree: TreeSpec) -> Any:
+        if "twin" not in self.__dict__:
+            self.__dict__["twin"] = copy.deepcopy(self.absent)
+            self.fakes.fill(self.twin)
+        with torch.no_grad(), self.fakes.mode:
+            fake = [torch.empty(x.shape, dtype=x.dtype, device=self.fakes.device) if isinstance(x, Tensor) else x for x in leaves]
+            args, kwargs = tree_unflatten(fake, tree)
+            out = self.twin(*args, **kwargs)
+        return tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x, out)
+
+
+class _Port(_Hole):
+    """Replays, call by call, what an earlier stage computed in this module's place."""
+
+    def __init__(self, module: nn.Module, replay: Callable[[], Any]) -> None:
+        super().__init__(module)
+        self.__dict__["replay"] = replay
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replay()
+
+
+class _Exit(_Hole):
+    """Ends the forward: what follows belongs to a later stage."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise _Leave
+
+
+def signature_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """What decides the shapes that follow from ``leaves``: shapes and types of tensors, values of the rest."""
+    return tuple((tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, Tensor) else repr(x) for x in leaves)
+
+
+class Part(nn.Module):
+    """Units ``[start, stop)`` of a model, run by the model's own ``forward``.
+
+    Every parameter keeps its name under ``part.model``. The model passed in is changed: modules that other
+    stages hold are replaced by holes.
+
+    Args:
+        model: the whole model, parameters on meta.
+        spec: where it may be cut.
+        start, stop: the units held.
+        fakes: finds the shapes of what is absent.
+    """
+
+    def __init__(self, model: nn.Module, spec: StageSpec, start: int, stop: int, fakes: Fakes) -> None:
+        super().__init__()
+        units = expand(model, spec.units)
+        self.model = model
+        self.first, self.last = start == 0, stop == len(units)
+        self.units = units[start:stop]
+        carry, post = expand(model, spec.carry), expand(model, spec.post)
+        self.arriving = [] if self.first else [units[i] for i in spec.live(start)] + carry
+        self.leaving = [] if self.last else [units[i] for i in spec.live(stop)] + carry
+        self.received: dict[str, list[Any]] = {}
+        self.captured: dict[str, list[Any]] = {}
+        before = [] if self.first else _before_units(model, {*units, *post, *carry, *expand(model, spec.replicate)})
+        holes: dict[str, _Hole] = {}
+        for i, path in enumerate(units):
+            if path in self.arriving:
+                holes[path] = self._port(path)
+            elif i < start:
+                holes[path] = _Stub(model.get_submodule(path), fakes)
+            elif i >= stop:
+                holes[path] = _Exit(model.get_submodule(path))
+        if not self.first:
+            holes |= {path: self._port(path) for path in carry}
+            holes |= {path: _Stub(model.get_submodule(path), fakes) for path in before}
+        bare = [name for name, _ in model.named_parameters(recurse=False)]
+        for path in post:
+            if not self.last and path not in bare:
+                holes[path] = _Exit(model.get_submodule(path))
+        for path, hole in holes.items():
+            model.set_submodule(path, hole)
+        for name in bare:
+            if name in post and not self.last:
+                setattr(model, name, None)
+            elif name not in post and not self.first:
+                _empty_parameter(model, name, fakes.device)
+        for path in self.leaving:
+            if path not in self.arriving:
+                model.get_submodule(path).register_forward_hook(self._capture(path))
+
+    def _port(self, path: str) -> _Port:
+        def replay() -> Any:
+            calls = self.received[path]
+            return calls.pop(0) if len(calls) > 1 else calls[0]
+
+        return _Port(self.model.get_submodule(path), replay)
+
+    def _capture(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.captured.setdefault(path, []).append(output)
+
+        return hook
+
+    def forward(self, payload: Sequence[Tensor], layout: Layout | None, inputs: dict[str, Any]) -> tuple[tuple[Tensor, ...], Layout | None]:
+        """Run the part.
+
+        Args:
+            payload: tensors from the stage before, none on the first.
+            layout: their structure, None on the first.
+            inputs: keyword inputs of the model's forward.
+
+        Returns:
+            The payload for the next stage and its layout, or the model's outputs and None on the last.
+        """
+        self.received = _unpack(payload, layout) if layout is not None else {}
+        self.captured = {path: list(calls) for path, calls in self.received.items() if path in self.leaving}
+        try:
+            outputs = self.model(**inputs, return_dict=False)
+        except _Leave:
+            sent = _pack({path: self.captured[path] for path in self.leaving})
+            return sent
+        finally:
+            self.received, self.captured = {}, {}
+        return tuple(o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor)), None
+
+
+def _before_units(model: nn.Module, others: set[str]) -> list[str]:
+    """Outermost modules with parameters that are neither units, carried, replicated nor used after the units."""
+    found: list[str] = []
+
+    def walk(prefix: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            path = prefix + name
+            if path in others:
+                continue
+            if isinstance(child, nn.ModuleList | nn.ModuleDict) or any(other.startswith(path + ".") for other in others):
+                walk(path + ".", child)
+            elif any(True for _ in child.parameters()):
+                found.append(path)
+
+    walk("", model)
+    return found
+
+
+def _empty_parameter(model: nn.Module, name: str, device: torch.device) -> None:
+    """Put zeros of the same shape, without memory, in the place of a parameter that another stage holds."""
+    old = getattr(model, name)
+    delattr(model, name)
+    model.register_buffer(name, torch.zeros((), dtype=old.dtype, device=device).expand(old.shape), persistent=False)
+
+
+def _pack(outputs: dict[str, list[Any]]) -> tuple[tuple[Tensor, ...], Layout]:
+    tensors: list[Tensor] = []
+    index: list[int] = []
+    place: dict[int, int] = {}
+    calls: dict[str, list[tuple[TreeSpec, dict[int, Any]]]] = {}
+    for path, results in outputs.items():
+        calls[path] = []
+        for result in results:
+            leaves, tree = tree_flatten(result)
+            calls[path].append((tree, {i: x for i, x in enumerate(leaves) if not isinstance(x, Tensor)}))
+            for leaf in leaves:
+                if isinstance(leaf, Tensor):
+                    if id(leaf) not in place:
+                        place[id(leaf)] = len(tensors)
+                        tensors.append(leaf)
+                    index.append(place[id(leaf)])
+    return tuple(tensors), Layout(calls, index)
+
+
+def _unpack(payload: Sequence[Tensor], layout: Layout) -> dict[str, list[Any]]:
+    tensors = iter([payload[i] for i in layout.index])
+    received: dict[str, list[Any]] = {}
+    for path, calls in layout.calls.items():
+        received[path] = []
+        for tree, constants in calls:
+            leaves = [constants[i] if i in constants else next(tensors) for i in range(tree.num_leaves)]
+            received[path].append(tree_unflatten(leaves, tree))
+    return received
+
+
+@dataclass(frozen=True)
+class Border:
+    """What crosses from one stage to the next, or leaves the last: tensors on meta, and their structure."""
+
+    tensors: tuple[Tensor, ...]
+    layout: Layout | None
+
+
+class Probe:
+    """Finds what crosses every border for given inputs, from one run of all parts on fake tensors.
+
+    Args:
+        parts: every part of the model in order, filled by ``Fakes.fill``.
+        fakes: the mode that the parts' tensors belong to.
+        precision: makes the context the real parts run in (autocast).
+    """
+
+    def __init__(self, parts: Sequence[Part], fakes: Fakes, precision: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.parts, self.fakes, self.precision = parts, fakes, precision
+        self.known: dict[Any, list[Border]] = {}
+
+    def borders(self, inputs: dict[str, Any]) -> list[Border]:
+        """One border per part, the last being the model's output; with gradients as autograd is set now."""
+        leaves, tree = tree_flatten(inputs)
+        signature = (tree, signature_of(leaves), torch.is_grad_enabled())
+        if signature not in self.known:
+            self.known[signature] = self._run(leaves, tree)
+        return self.known[signature]
+
+    def _run(self, leaves: list[Any], tree: TreeSpec) -> list[Border]:
+        fake_inputs = tree_unflatten([self.fakes.tensor(x) if isinstance(x, Tensor) else x for x in leaves], tree)
+        borders: list[Border] = []
+        payload: tuple[Tensor, ...] = ()
+        layout: Layout | None = None
+        with self.fakes.mode, self.precision():
+            for part in self.parts:
+                sent, layout = part(payload, layout, fake_inputs)
+                # A rank's border: new leaves with the same shape, type and need of a gradient.
+                payload = tuple(torch.empty(t.shape, dtype=t.dtype, device=self.fakes.device).requires_grad_(t.requires_grad) for t in sent)
+                borders.append(Border(payload, layout))
+        return [Border(tuple(torch.empty(t.shape, dtype=t.dtype, device="meta").requires_grad_(t.requires_grad) for t in b.tensors), b.layout) for b in borders]

@@ -1,0 +1,122 @@
+"""torch's view of a part: a module that takes a payload and the number of a microbatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffpipe.models.base import Targets
+from diffpipe.pipeline.cut import Layout, Part
+
+
+@dataclass
+class StepInputs:
+    """What every stage knows of the step it is in.
+
+    Attributes:
+        microbatches: keyword inputs of forward and the targets, on this rank's device.
+        layout: the structure of arriving payloads.
+    """
+
+    microbatches: list[tuple[dict[str, Any], Targets]] = field(default_factory=list)
+    layout: Layout | None = None
+
+
+class Clock:
+    """Adds up the time this rank spends computing; on CUDA with events, so that it never waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.spans: list[tuple[Any, Any]] = []
+        self.begun: Any = None
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        if self.begun is None:
+            self.begun = self._now()
+
+    def stop(self) -> None:
+        if self.begun is not None:
+            self.spans.append((self.begun, self._now()))
+            self.begun = None
+
+    def take(self) -> float:
+        """Seconds since the last call; the device must have finished what was timed."""
+        self.stop()
+        spans, self.spans = self.spans, []
+        return sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in spans)
+
+
+class _Wire(torch.autograd.Function):
+    """Identity at a border: contiguous both ways, since gloo refuses to send anything else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None]) -> Tensor:
+        ctx.on_backward = on_backward
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.on_backward()
+        return grad.contiguous(), None
+
+
+class Stage(nn.Module):
+    """A part as ``torch.distributed.pipelining`` runs it: payload by position, all else looked up.
+
+    Attributes:
+        inputs: what the current step is about; set before the schedule runs.
+        clock: time spent in this stage's forward and backward passes.
+    """
+
+    def __init__(self, part: Part, precision: Callable[[], AbstractContextManager[Any]], device: torch.device) -> None:
+        super().__init__()
+        self.part, self.precision = part, precision
+        self.inputs = StepInputs()
+        self.clock = Clock(device)
+
+    def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
+        self.clock.start()
+        inputs, _ = self.inputs.microbatches[int(microbatch)]
+        arrived = tuple(_Wire.apply(t, self.clock.stop) if t.requires_grad else t for t in payload)
+        with self.precision():
+            sent, _ = self.part(arrived, self.inputs.layout, inputs)
+        if self.part.last:
+            return sent if len(sent) > 1 else sent[0]
+        out = tuple(_Wire.apply(t, self.clock.start) if t.requires_grad else t.contiguous() for t in sent)
+        self.clock.stop()
+        return out
+
+    def loss(self, output: Tensor | tuple[Tensor, ...], microbatch: Tensor) -> Tensor:
+        """The microbatch's share of the step's loss: weighted mean squared error over all outputs, in float32."""
+        _, targets = self.inputs.microbatches[int(microbatch)]
+        outputs = output if isinstance(output, tuple) else (output,)
+        total = sum_errors(outputs, targets) / len(self.inputs.microbatches)
+        if total.requires_grad:
+            total.register_hook(self._backward_begins)
+        self.clock.stop()
+        return total
+
+    def _backward_begins(self, grad: Tensor) -> None:
+        self.clock.start()
+
+
+def sum_errors(outputs: tuple[Tensor, ...], targets: Targets) -> Tensor:
+    """Sum over outputs of the mean of ``weight * (output - target)**2``, computed in float32."""
+    total = outputs[0].new_zeros((), dtype=torch.float32)
+    for output, (target, weight) in zip(outputs, targets, strict=True):
+        error = (output.float() - target.float()).square()
+        total = total + (error if weight is None else error * weight).mean()
+    return total
