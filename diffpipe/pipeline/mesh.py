@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from diffpipe.config.schema import MeshConfig
-from diffpipe.errors import ConfigError
+from diffpipe.errors import ConfigError, DiffpipeError
+
+T = TypeVar("T")
 
 # A stage may wait while another reads 28 GB of weights from a slow disk.
 PATIENCE = timedelta(minutes=60)
@@ -57,12 +59,19 @@ class Mesh:
     def barrier(self) -> None:
         dist.barrier()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def sum(self, *values: float) -> list[float]:
         """The sum over all ranks of each value."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest over all ranks of each value."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], how: Any) -> list[float]:
         if self.world == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        dist.all_reduce(total, op=how)
         return total.tolist()
 
     def exchange(self, value: Any) -> list[Any]:
@@ -73,13 +82,28 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
-    def from_reporter(self, value: Any) -> Any:
-        """The reporter's value, on every rank."""
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What ``choose`` gives on the reporter, on every rank; a DiffpipeError is raised on every rank too."""
         if self.world == 1:
-            return value
-        box = [value]
+            return choose()
+        box: list[Any] = [None]
+        if self.reporter:
+            try:
+                box = [choose()]
+            except DiffpipeError as fault:
+                box = [fault]
         dist.broadcast_object_list(box, src=self.reporter_rank, device=self.device)
+        if isinstance(box[0], DiffpipeError):
+            raise box[0]
         return box[0]
+
+    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of all stages' gradients together, in float32."""
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        if self.stages > 1:
+            dist.all_reduce(square, group=self.stage_group)
+        return square.sqrt()
 
     def mean_over_replicas(self, tensors: Sequence[Tensor], chunk: int = 1 << 26) -> None:
         """Replace each tensor by its mean over the replicas, in flat chunks of about ``chunk`` bytes."""

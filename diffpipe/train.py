@@ -1,0 +1,249 @@
+"""Act two: the cache becomes steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from diffpipe import checkpoint
+from diffpipe.config.schema import Config
+from diffpipe.data.dataset import Samples
+from diffpipe.data.loader import Batch, eval_batches, make_loader
+from diffpipe.data.sampler import StepSampler
+from diffpipe.encode import EncodeProgress, Report, prepare_data
+from diffpipe.errors import DiffpipeError
+from diffpipe.export.run import export_weights
+from diffpipe.metrics import EvalRecord, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
+from diffpipe.models import make_model
+from diffpipe.models.base import DiffusionModel
+from diffpipe.optim import factor, make_optimizer, set_rates
+from diffpipe.pipeline.build import build
+from diffpipe.pipeline.mesh import Mesh, open_mesh
+from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.run import Run, open_run
+from diffpipe.toy import materialize
+
+MakeSinks = Callable[[], list[Sink]]
+
+
+def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+    """Train as ``config`` says, in a new run folder or on from a checkpoint.
+
+    Args:
+        resume: None for a new run, "" for the newest run, else a run's name or folder.
+        make_sinks: makes what shows the run to a person; called on the one rank that speaks for it.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        DiffpipeError: for whatever the user can cure.
+    """
+    config = materialize(config)
+    with open_mesh(config.mesh) as mesh:
+        run = mesh.decide(lambda: open_run(config, resume))
+        sinks = open_sinks(run, mesh, make_sinks)
+        try:
+            model = make_model(config.model, config.objective)
+            samples, held_out = open_data(config, model, mesh, sinks)
+            torch.manual_seed(config.run.seed + mesh.rank)
+            pipeline = build(config, model, mesh, lambda done, total: sinks.progress("load", done, total))
+            Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
+        except DiffpipeError as fault:
+            sinks.note(str(fault))
+            raise
+        finally:
+            sinks.close()
+    return run.folder
+
+
+def cache(config: Config, *, make_sinks: MakeSinks) -> list[Report]:
+    """Act one alone: encode what the config's folders hold and the cache lacks."""
+    config = materialize(config)
+    with open_mesh(config.mesh) as mesh:
+        sinks = Sinks(make_sinks() if mesh.reporter else [])
+        try:
+            model = make_model(config.model, config.objective)
+            return [
+                prepare_data(config, model, folders, rank=mesh.rank, world=mesh.world, exchange=mesh.exchange, device=mesh.device, progress=_show(sinks))[1]
+                for folders in [config.data.folders, *(s.folders for s in config.eval.sets)]
+            ]
+        finally:
+            sinks.close()
+
+
+def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
+    """Everything that records the run, on the rank that speaks for it; nothing on the others."""
+    if not mesh.reporter:
+        return Sinks([])
+    sinks = Sinks([TensorBoardSink(run.tensorboard), TextSink.to_file(run.log), *make_sinks()])
+    sinks.note(f"run folder {run.folder}")
+    if run.resumed is not None:
+        sinks.note(f"resumed from {run.resumed.name}")
+    for change in run.changes:
+        sinks.note(f"changed since the run began: {change}")
+    return sinks
+
+
+def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks) -> tuple[Samples, dict[str, Samples]]:
+    """The training samples and the held-out ones by name, encoded first where the cache lacks them."""
+    opened: list[Samples] = []
+    for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
+        samples, report = prepare_data(
+            config, model, folders, rank=mesh.rank, world=mesh.world, exchange=mesh.exchange, device=mesh.device, progress=_show(sinks)
+        )
+        for line in report.lines():
+            sinks.note(f"{name}: {line}")
+        opened.append(samples)
+    return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
+
+
+def _show(sinks: Sinks) -> Callable[[EncodeProgress], None]:
+    return lambda p: sinks.progress(p.task, p.done, p.total)
+
+
+class Trainer:
+    """One run's loop: batches to steps, with evaluation, checkpoints and exports in between."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        run: Run,
+        sinks: Sinks,
+        model: DiffusionModel,
+        samples: Samples,
+        held_out: dict[str, Samples],
+        pipeline: Pipeline,
+    ) -> None:
+        self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
+        self.held_out = held_out
+        self.module: nn.Module = pipeline.stage.part.model
+        self.trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
+        self.sampler = StepSampler.of(samples, config.batch, config.run.seed, replica=mesh.replica, replicas=mesh.replicas)
+        self.total = self.sampler.steps_to(config.run.steps, config.run.epochs)
+        self.loader = make_loader(samples, self.sampler, model, config)
+        self.step = 0
+        self.saved_at = time.monotonic()
+        if run.resumed is not None:
+            state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh)
+            self.step = state["step"]
+            self.loader.load_state_dict(state["data"])
+
+    def train(self) -> None:
+        """Run to the last step."""
+        if not self.run.resumed:
+            self.evaluate()
+        batches = iter(self.loader)
+        while self.step < self.total:
+            record = self.take_step(batches)
+            if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
+                self.sinks.step(record)
+            last = self.step == self.total
+            if last or _due(self.step, self.config.eval.every_steps):
+                self.evaluate()
+            if last or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
+                self.save()
+            if last or _due(self.step, self.config.export.every_steps) or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs)):
+                self.export()
+
+    def take_step(self, batches: Iterator[Batch]) -> StepRecord:
+        """Wait for a batch, run it, move the weights."""
+        begin = time.perf_counter()
+        batch = next(batches)
+        read = time.perf_counter()
+        set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
+        share = self.pipeline.train(batch.microbatches)
+        ran = self._now()
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        self.mesh.mean_over_replicas(gradients)
+        norm = self.mesh.gradient_norm(gradients)
+        self._check(norm, batch)
+        if self.config.optimizer.clip is not None:
+            torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
+        averaged = self._now()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
+        end = self._now()
+        computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
+        return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+
+    def _record(self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float) -> StepRecord:
+        device = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
+        device_peak, host_peak = self.mesh.largest(device, psutil.Process().memory_info().rss)
+        return StepRecord(
+            step=self.step,
+            steps_total=self.total,
+            epoch=batch.epoch,
+            epoch_ends=batch.epoch_ends,
+            loss=loss,
+            bucket=str(batch.bucket),
+            lr=max(group["lr"] for group in self.optimizer.param_groups),
+            grad_norm=norm,
+            samples=len(batch.samples) * self.mesh.replicas,
+            step_time=took,
+            data_time=waited,
+            compute_time=computed,
+            communication_time=max(0.0, communicated),
+            device_peak=int(device_peak),
+            host_peak=int(host_peak),
+        )
+
+    def _now(self) -> float:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+        return time.perf_counter()
+
+    def _check(self, norm: torch.Tensor, batch: Batch) -> None:
+        if not torch.isfinite(norm):
+            raise DiffpipeError(
+                f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
+                where="optimizer.lr",
+                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16",
+            )
+
+    def evaluate(self) -> None:
+        """The held-out loss of every set, at fixed quantiles and fixed noise."""
+        for name, samples in self.held_out.items():
+            sums: dict[float, list[float]] = {}
+            batches = eval_batches(samples, self.model, self.config.batch.micro, self.config.eval.quantiles, self.config.run.seed)
+            for i, batch in enumerate(batches):
+                entry = sums.setdefault(batch.quantile, [0.0, 0.0])
+                if i % self.mesh.replicas == self.mesh.replica:
+                    entry[0] += self.pipeline.evaluate(batch.microbatches).item() * len(batch.samples)
+                    entry[1] += len(batch.samples) if self.mesh.stage == self.mesh.stages - 1 else 0
+            by_quantile = {}
+            for quantile, (loss, count) in sums.items():
+                loss, count = self.mesh.sum(loss, count)
+                by_quantile[quantile] = loss / count
+            self.sinks.evaluation(EvalRecord(self.step, name, sum(by_quantile.values()) / len(by_quantile), by_quantile))
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {"data": self.loader.state_dict(), "total": self.total}
+        path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
+        self.saved_at = time.monotonic()
+        self.sinks.note(f"checkpoint {path}")
+
+    def export(self) -> None:
+        """Write the trained weights in every format that is asked for."""
+        for path in export_weights(self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats):
+            self.sinks.note(f"exported {path}")
+
+    def _minutes_are_up(self) -> bool:
+        """Whether a checkpoint is due by the clock of the reporter, since clocks differ."""
+        minutes = self.config.checkpoint.every_minutes
+        return minutes is not None and self.mesh.decide(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
+
+
+def _due(count: int, every: int | None) -> bool:
+    return every is not None and count % every == 0
