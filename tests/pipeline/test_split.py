@@ -1,0 +1,58 @@
+"""Stages are cut where their bytes balance, or where the config says."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from diffpipe.config.schema import MeshConfig
+from diffpipe.errors import ConfigError
+from diffpipe.models.base import StageSpec
+from diffpipe.pipeline.split import balance, split, stage_bytes
+
+SPEC = StageSpec(units=("blocks.*",), carry=("embed",), post=("head", "table"))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 4, bias=False)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(4))
+        self.head = nn.Linear(2, 2, bias=False)
+        self.table = nn.Parameter(nn.Linear(3, 1).weight.detach())
+
+
+def test_bytes_before_the_units_count_to_the_first_and_bytes_after_to_the_last() -> None:
+    assert stage_bytes(Model(), SPEC) == [256 + 64, 256, 256, 256 + 16 + 12]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stages", "spans"),
+    [
+        ([1, 1, 1, 1], 2, [(0, 2), (2, 4)]),
+        ([9, 1, 1, 1], 2, [(0, 1), (1, 4)]),
+        ([1, 1, 1, 9], 3, [(0, 1), (1, 3), (3, 4)]),
+        ([5], 1, [(0, 1)]),
+        ([3, 3, 3], 3, [(0, 1), (1, 2), (2, 3)]),
+    ],
+)
+def test_the_largest_stage_is_as_small_as_can_be(sizes: list[int], stages: int, spans: list[tuple[int, int]]) -> None:
+    assert balance(sizes, stages) == spans
+
+
+def test_every_stage_gets_a_unit_even_when_one_unit_outweighs_the_rest() -> None:
+    assert all(stop > start for start, stop in balance([1, 1, 1, 1000], 4))
+
+
+def test_a_partition_is_taken_as_written() -> None:
+    assert split(Model(), SPEC, MeshConfig(stages=3, partition=[1, 3])) == [(0, 1), (1, 3), (3, 4)]
+
+
+def test_more_stages_than_units_is_an_error_that_names_the_key() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.stages: 5 stages for 4 units"):
+        split(Model(), SPEC, MeshConfig(stages=5))
+
+
+def test_a_partition_past_the_last_unit_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.partition"):
+        split(Model(), SPEC, MeshConfig(stages=2, partition=[4]))
