@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from diffpipe.config.schema import ModelConfig, ObjectiveConfig
-
-if TYPE_CHECKING:
-    from diffpipe.flow import Key
-    from diffpipe.models.weights import WeightSource
+from diffpipe.flow import Key
+from diffpipe.models.encoders import Encoders, check_folder, diffusers_module, fingerprint, load_encoders
+from diffpipe.models.weights import WeightSource, convert, open_folder, open_single
 
 Targets = list[tuple[Tensor, Tensor | None]]
 
@@ -73,42 +75,93 @@ class DiffusionModel(ABC):
     geometry: ClassVar[Geometry]
     denoiser: ClassVar[str]  # name of the diffusers class of the trained module
     pipeline: ClassVar[str]  # name of the diffusers pipeline class, whose encode_prompt and LoRA loader are used
+    original_mark: ClassVar[str]  # a tensor that only the original checkpoint format has
+    encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig) -> None:
         self.config, self.objective = config, objective
 
     # -- act one: media and captions to tensors ------------------------------------------------------------------
 
-    @abstractmethod
-    def load_encoders(self, device: torch.device) -> Any:
+    def load_encoders(self, device: torch.device) -> Encoders:
         """The VAE and the text encoders on ``device``, in evaluation mode, frozen."""
+        return load_encoders(self.folder, self.pipeline, getattr(torch, self.config.dtype), device)
 
     @abstractmethod
-    def encode_media(self, encoders: Any, pixels: Tensor) -> dict[str, Tensor]:
+    def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """Normalised latents of ``pixels`` (B C F H W in [-1, 1]; F is 1 for an image), first dim B."""
 
     @abstractmethod
-    def encode_text(self, encoders: Any, captions: Sequence[str]) -> dict[str, Tensor]:
+    def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
         """Embeddings of ``captions`` at the family's fixed text length, first dim len(captions)."""
 
-    @abstractmethod
     def identity(self, part: str) -> str:
-        """A string that changes whenever encoding ``part`` ("media" or "text") could give other tensors:
-        the encoders' weights and configs by content, the dtype, and the version of the code here."""
+        """What the tensors of ``part`` ("media" or "text") depend on besides the sample: the encoders' weights
+        and configs by content, the type of computation, and ``encoding``, the version of the code here."""
+        return f"{self.name}/{self.encoding}/{self.config.dtype}/{fingerprint(self.folder, part)}"
 
     # -- act two: tensors to a loss -------------------------------------------------------------------------------
 
     @abstractmethod
-    def denoiser_config(self) -> dict[str, Any]:
-        """The config of the diffusers class: the folder's own, or that of the variant a single file holds."""
+    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """The config values that the original names and shapes of a single file tell.
 
-    @abstractmethod
+        Raises:
+            CheckpointError: when the file is not this family's.
+        """
+
+    @cached_property
+    def folder(self) -> Path:
+        """The diffusers folder that ``model.path`` names.
+
+        Raises:
+            CheckpointError: when it is no diffusers folder of this family.
+        """
+        return check_folder(Path(self.config.path), self.denoiser)
+
+    def denoiser_class(self) -> Any:
+        return getattr(diffusers_module(), self.denoiser)
+
+    @cached_property
+    def folder_config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The config of the diffusers class: the folder's own, changed by what a single file holds."""
+        config = dict(self.folder_config)
+        if self.config.transformer is not None:
+            tensors = open_single(self.config.transformer)
+            if not self._diffusers_names(tensors):
+                config |= self.single_file_config({name: tuple(t.shape) for name, t in tensors.items()})
+        return config
+
     def load_denoiser(self) -> nn.Module:
         """The whole denoiser with parameters on the meta device and real non-persistent buffers (RoPE tables)."""
+        from accelerate import init_empty_weights
 
-    @abstractmethod
+        with init_empty_weights(include_buffers=False):
+            module = self.denoiser_class().from_config(self.denoiser_config)
+        return module.requires_grad_(False).train()
+
     def weights(self) -> WeightSource:
         """Where the denoiser's tensors lie, under diffusers names, read one by one on demand."""
+        if self.config.transformer is None:
+            return open_folder(self.folder / "transformer")
+        tensors = open_single(self.config.transformer)
+        if self._diffusers_names(tensors):
+            return WeightSource(tensors, self.config.transformer)
+        return convert(tensors, self.denoiser, self.denoiser_config, self.config.transformer)
+
+    def _diffusers_names(self, tensors: Mapping[str, Any]) -> bool:
+        """Whether a single file already uses the names of the diffusers class."""
+        first = self.spec.units[0].removesuffix("*")
+        return any(n.startswith(first) for n in tensors) and self.original_mark not in tensors
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type that the frozen weight ``name`` is kept in: ``model.dtype``, or float32 where the class insists."""
+        insists = self.denoiser_class()._keep_in_fp32_modules or []
+        return torch.float32 if any(part in insists for part in name.split(".")) else getattr(torch, self.config.dtype)
 
     @abstractmethod
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
@@ -120,3 +173,8 @@ class DiffusionModel(ABC):
         """Names of the layers an adapter goes on unless the config names others: every linear layer in a unit."""
         roots = tuple(unit.removesuffix("*") if unit.endswith(".*") else unit + "." for unit in self.spec.units)
         return [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.startswith(roots)]
+
+
+def layers(names: Iterable[str], prefix: str) -> int:
+    """How many numbered entries ``names`` have under ``prefix``."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in names if name.startswith(prefix)})

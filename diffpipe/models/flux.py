@@ -1,0 +1,85 @@
+"""Flux.1 dev and schnell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpipe.errors import CheckpointError
+from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
+from diffpipe.models.encoders import Encoders
+
+
+class Flux(DiffusionModel):
+    name = "flux"
+    title = "Flux.1 dev, schnell"
+    spec = StageSpec(("transformer_blocks.*", "single_transformer_blocks.*"), carry=("time_text_embed",), post=("norm_out", "proj_out"))
+    geometry = Geometry(spatial=8)
+    denoiser = "FluxTransformer2DModel"
+    pipeline = "FluxPipeline"
+    original_mark = "img_in.weight"
+
+    def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
+        """``latents`` C h w, the mode of the posterior: the same picture always gives the same latents."""
+        vae = encoders.vae
+        mode = vae.encode(pixels[:, :, 0].to(encoders.device, vae.dtype)).latent_dist.mode()
+        return {"latents": ((mode - vae.config.shift_factor) * vae.config.scaling_factor).float().cpu()}
+
+    def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
+        """``text`` L D from T5 (at most 512 tokens, padded), ``pooled`` D from CLIP."""
+        length = min(512, encoders.pipeline.tokenizer_2.model_max_length)
+        text, pooled, _ = encoders.pipeline.encode_prompt(prompt=list(captions), prompt_2=None, device=encoders.device, max_sequence_length=length)
+        return {"text": text.cpu(), "pooled": pooled.cpu()}
+
+    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        if "img_in.weight" not in shapes or "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes:
+            raise CheckpointError(
+                f"its tensors are not Flux's, such as {', '.join(sorted(shapes)[:3])}", where=str(self.config.transformer), expected="double_blocks.0.img_attn.qkv.weight and others"
+            )
+        width, channels = shapes["img_in.weight"]
+        head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
+        return {
+            "in_channels": channels,
+            "num_layers": layers(shapes, "double_blocks."),
+            "num_single_layers": layers(shapes, "single_blocks."),
+            "attention_head_dim": head,
+            "num_attention_heads": width // head,
+            "joint_attention_dim": shapes["txt_in.weight"][1],
+            "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+            "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        }
+
+    def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
+        clean = batch["latents"].float()
+        count, _, height, width = clean.shape
+        t = timesteps(keys, self.objective, tokens=height // 2 * (width // 2))
+        e = noise(keys, clean.shape[1:])
+        inputs = {
+            "hidden_states": pack(mix(clean, e, t)),
+            "encoder_hidden_states": batch["text"].float(),
+            "pooled_projections": batch["pooled"].float(),
+            "timestep": t,
+            "img_ids": positions(height // 2, width // 2),
+            "txt_ids": torch.zeros(batch["text"].shape[1], 3),
+            "guidance": torch.full((count,), self.config.guidance) if self.denoiser_config["guidance_embeds"] else None,
+        }
+        return inputs, [(pack(e - clean), None)]
+
+
+def pack(latents: Tensor) -> Tensor:
+    """B C h w to B (h/2 w/2) (4 C): one token per 2 x 2 cells, channels outermost, as Flux's pipeline packs them."""
+    count, channels, height, width = latents.shape
+    cells = latents.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return cells.reshape(count, height // 2 * (width // 2), channels * 4)
+
+
+def positions(rows: int, columns: int) -> Tensor:
+    """(0, row, column) of each token, rows x columns of them."""
+    ids = torch.zeros(rows, columns, 3)
+    ids[..., 1] = torch.arange(rows)[:, None]
+    ids[..., 2] = torch.arange(columns)[None]
+    return ids.view(-1, 3)

@@ -1,0 +1,68 @@
+"""Wan2.1 text to video, 1.3B and 14B."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpipe.errors import CheckpointError
+from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
+from diffpipe.models.encoders import Encoders
+
+
+class Wan(DiffusionModel):
+    name = "wan"
+    title = "Wan2.1 t2v 1.3B, 14B"
+    spec = StageSpec(("blocks.*",), carry=("condition_embedder",), post=("proj_out", "scale_shift_table"))
+    geometry = Geometry(spatial=8, temporal=4, fps=16)
+    denoiser = "WanTransformer3DModel"
+    pipeline = "WanPipeline"
+    original_mark = "blocks.0.self_attn.q.weight"
+
+    def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
+        """``latents`` C f h w, the mode of the posterior, each channel to mean 0 and deviation 1."""
+        frames = pixels.shape[2]
+        if frames != self.geometry.frames(frames):
+            raise ValueError(f"{frames} frames: Wan's VAE would drop the last {frames - self.geometry.frames(frames)} of them")
+        vae = encoders.vae
+        mode = vae.encode(pixels.to(encoders.device, vae.dtype)).latent_dist.mode()
+        mean, std = (torch.tensor(v, device=mode.device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        return {"latents": ((mode - mean) / std).float().cpu()}
+
+    def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
+        """``text`` L D from UMT5, zero beyond the caption, at most 512 tokens."""
+        length = min(512, encoders.pipeline.tokenizer.model_max_length)
+        text, _ = encoders.pipeline.encode_prompt(
+            prompt=list(captions), do_classifier_free_guidance=False, device=encoders.device, max_sequence_length=length
+        )
+        return {"text": text.cpu()}
+
+    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        where = str(self.config.transformer)
+        if "patch_embedding.weight" not in shapes or "blocks.0.self_attn.q.weight" not in shapes:
+            raise CheckpointError(
+                f"its tensors are not Wan's, such as {', '.join(sorted(shapes)[:3])}", where=where, expected="blocks.0.self_attn.q.weight and others"
+            )
+        width, channels = shapes["patch_embedding.weight"][:2]
+        if "img_emb.proj.1.weight" in shapes or "blocks.0.cross_attn.k_img.weight" in shapes:
+            raise CheckpointError(f"an image-to-video model ({channels} input channels)", where=where, expected="Wan2.1 text-to-video")
+        head = int(self.folder_config["attention_head_dim"])
+        return {
+            "in_channels": channels,
+            "num_layers": layers(shapes, "blocks."),
+            "num_attention_heads": width // head,
+            "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+            "text_dim": shapes["text_embedding.0.weight"][1],
+        }
+
+    def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
+        clean = batch["latents"].float()
+        _, _, frames, height, width = clean.shape
+        t = timesteps(keys, self.objective, tokens=frames * (height // 2) * (width // 2))
+        e = noise(keys, clean.shape[1:])
+        inputs = {"hidden_states": mix(clean, e, t), "timestep": 1000 * t, "encoder_hidden_states": batch["text"].float()}
+        return inputs, [(e - clean, None)]
