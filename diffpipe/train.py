@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -82,7 +82,7 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
     """Everything that records the run, on the rank that speaks for it; nothing on the others."""
     if not mesh.reporter:
         return Sinks([])
-    sinks = Sinks([TensorBoardSink(run.tensorboard), TextSink.to_file(run.log), *make_sinks()])
+    sinks = Sinks([TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None), TextSink.to_file(run.log), *make_sinks()])
     sinks.note(f"run folder {run.folder}")
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
@@ -127,23 +127,26 @@ class Trainer:
         self.module: nn.Module = pipeline.stage.part.model
         self.trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
-        self.sampler = StepSampler.of(samples, config.batch, config.run.seed, replica=mesh.replica, replicas=mesh.replicas)
-        self.total = self.sampler.steps_to(config.run.steps, config.run.epochs)
-        self.loader = make_loader(samples, self.sampler, model, config)
+        micro, seed = config.batch.micro, config.run.seed
+        sampler = StepSampler(
+            samples.buckets, samples.repeats, micro=micro, accumulate=config.batch.accumulate, seed=seed, replica=mesh.replica, replicas=mesh.replicas
+        )
+        self.total = total_steps(config, sampler)
+        self.loader = make_loader(samples, sampler, model, micro=micro, seed=seed, workers=config.data.workers)
         self.step = 0
         self.saved_at = time.monotonic()
         if run.resumed is not None:
             state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh)
             self.step = state["step"]
-            self.loader.load_state_dict(state["data"])
+            if note := self.loader.load_state_dict(state["data"]):
+                sinks.note(note)
 
     def train(self) -> None:
         """Run to the last step."""
         if not self.run.resumed:
             self.evaluate()
-        batches = iter(self.loader)
         while self.step < self.total:
-            record = self.take_step(batches)
+            record = self.take_step()
             if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
             last = self.step == self.total
@@ -154,10 +157,10 @@ class Trainer:
             if last or _due(self.step, self.config.export.every_steps) or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs)):
                 self.export()
 
-    def take_step(self, batches: Iterator[Batch]) -> StepRecord:
+    def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
         begin = time.perf_counter()
-        batch = next(batches)
+        batch = next(self.loader)
         read = time.perf_counter()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
         share = self.pipeline.train(batch.microbatches)
@@ -214,13 +217,20 @@ class Trainer:
     def evaluate(self) -> None:
         """The held-out loss of every set, at fixed quantiles and fixed noise."""
         for name, samples in self.held_out.items():
-            sums: dict[float, list[float]] = {}
-            batches = eval_batches(samples, self.model, self.config.batch.micro, self.config.eval.quantiles, self.config.run.seed)
-            for i, batch in enumerate(batches):
-                entry = sums.setdefault(batch.quantile, [0.0, 0.0])
-                if i % self.mesh.replicas == self.mesh.replica:
-                    entry[0] += self.pipeline.evaluate(batch.microbatches).item() * len(batch.samples)
-                    entry[1] += len(batch.samples) if self.mesh.stage == self.mesh.stages - 1 else 0
+            sums = {quantile: [0.0, 0.0] for quantile in self.config.eval.quantiles}
+            for batch in eval_batches(
+                samples,
+                self.model,
+                quantiles=self.config.eval.quantiles,
+                micro=self.config.batch.micro,
+                seed=self.config.run.seed,
+                replica=self.mesh.replica,
+                replicas=self.mesh.replicas,
+            ):
+                loss = self.pipeline.evaluate(batch.microbatches).item()
+                if self.mesh.stage == self.mesh.stages - 1:
+                    sums[batch.quantile][0] += loss * len(batch.samples)
+                    sums[batch.quantile][1] += len(batch.samples)
             by_quantile = {}
             for quantile, (loss, count) in sums.items():
                 loss, count = self.mesh.sum(loss, count)
@@ -243,6 +253,20 @@ class Trainer:
         """Whether a checkpoint is due by the clock of the reporter, since clocks differ."""
         minutes = self.config.checkpoint.every_minutes
         return minutes is not None and self.mesh.decide(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
+
+
+def total_steps(config: Config, sampler: StepSampler) -> int:
+    """The step that the run ends with: the first of ``run.steps`` and the end of ``run.epochs``."""
+    ends = [config.run.steps, sampler.steps_in(config.run.epochs) if config.run.epochs else None]
+    total = min(end for end in ends if end is not None)
+    if total == 0:
+        raise DiffpipeError(
+            f"{config.run.epochs} epochs of the samples fill no batch",
+            where="run.epochs",
+            expected="at least one bucket with batch.micro x batch.accumulate x mesh.replicate samples",
+            fix="lower batch.accumulate or batch.micro, or set run.steps",
+        )
+    return total
 
 
 def _due(count: int, every: int | None) -> bool:

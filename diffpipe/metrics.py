@@ -1,0 +1,200 @@
+"""What a run tells about itself, and the sinks that record it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Protocol
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step. Times are in seconds, memory in bytes (the largest of all ranks)."""
+
+    step: int
+    steps_total: int
+    epoch: int
+    epoch_ends: bool
+    loss: float
+    bucket: str
+    lr: float
+    grad_norm: float
+    samples: int
+    step_time: float
+    data_time: float
+    compute_time: float
+    communication_time: float
+    device_peak: int
+    host_peak: int
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.samples / self.step_time if self.step_time > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """The loss on one held-out set: the mean, and by quantile of the timestep distribution."""
+
+    step: int
+    name: str
+    loss: float
+    by_quantile: dict[float, float] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Something that records or shows a run."""
+
+    def step(self, record: StepRecord) -> None: ...
+    def evaluation(self, record: EvalRecord) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, task: str, done: int, total: int | None) -> None: ...
+    def close(self) -> None: ...
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
+
+    def step(self, record: StepRecord) -> None:
+        for sink in self.sinks:
+            sink.step(record)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        for sink in self.sinks:
+            sink.evaluation(record)
+
+    def note(self, text: str) -> None:
+        for sink in self.sinks:
+            sink.note(text)
+
+    def progress(self, task: str, done: int, total: int | None) -> None:
+        for sink in self.sinks:
+            sink.progress(task, done, total)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+class TensorBoardSink:
+    """Scalars for TensorBoard.
+
+    Args:
+        folder: where its event files go.
+        resumed_at: the step a resumed run goes on from; what was written after it is hidden.
+    """
+
+    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+
+    def step(self, record: StepRecord) -> None:
+        values = {
+            "train/loss": record.loss,
+            f"train/loss/{record.bucket}": record.loss,
+            "train/lr": record.lr,
+            "train/grad_norm": record.grad_norm,
+            "train/epoch": record.epoch,
+            "train/samples_per_second": record.samples_per_second,
+            "time/step": record.step_time,
+            "time/data": record.data_time,
+            "time/compute": record.compute_time,
+            "time/communication": record.communication_time,
+            "memory/device": record.device_peak / GIB,
+            "memory/host": record.host_peak / GIB,
+        }
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, record.step)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        self.writer.add_scalar(f"eval/{record.name}/loss", record.loss, record.step)
+        for quantile, loss in record.by_quantile.items():
+            self.writer.add_scalar(f"eval/{record.name}/loss_q{quantile:g}", loss, record.step)
+
+    def note(self, text: str) -> None:
+        """Notes are for people; the log has them."""
+
+    def progress(self, task: str, done: int, total: int | None) -> None:
+        """Progress is for people."""
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class TextSink:
+    """Plain lines, for a log file or an output that is no terminal.
+
+    Args:
+        write: takes one line.
+        every: seconds between two lines about the progress of one task.
+    """
+
+    def __init__(self, write: Callable[[str], None], every: float = 10.0) -> None:
+        self.write, self.every = write, every
+        self.begun: dict[str, float] = {}
+        self.told: dict[str, float] = {}
+        self.first: tuple[float, int] | None = None
+
+    @classmethod
+    def to_file(cls, path: Path) -> TextSink:
+        """Lines added to a file, each on disk before the next step."""
+
+        def write(line: str) -> None:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+        return cls(write)
+
+    def step(self, record: StepRecord) -> None:
+        self.first = self.first or (monotonic() - record.step_time, record.step - 1)
+        per_step = (monotonic() - self.first[0]) / (record.step - self.first[1])
+        left = duration((record.steps_total - record.step) * per_step)
+        memory = f" device {record.device_peak / GIB:.2f} GiB" if record.device_peak else ""
+        self.write(
+            f"step {record.step}/{record.steps_total} epoch {record.epoch + 1} loss {record.loss:.5f} lr {record.lr:.3g} grad_norm {record.grad_norm:.3g} "
+            f"bucket {record.bucket} {record.step_time:.3f} s (data {record.data_time:.3f}, compute {record.compute_time:.3f}, "
+            f"communication {record.communication_time:.3f}){memory} left {left}"
+        )
+
+    def evaluation(self, record: EvalRecord) -> None:
+        parts = ", ".join(f"q{q:g} {loss:.4f}" for q, loss in record.by_quantile.items())
+        self.write(f"step {record.step} eval/{record.name}/loss {record.loss:.5f} ({parts})")
+
+    def note(self, text: str) -> None:
+        self.write(text)
+
+    def progress(self, task: str, done: int, total: int | None) -> None:
+        now = monotonic()
+        begun = self.begun.setdefault(task, now)
+        finished = total is not None and done >= total
+        if not finished and now - self.told.get(task, begun) < self.every:
+            return
+        self.told[task] = now
+        if total is None:
+            self.write(f"{task} {amount(task, done)}")
+            return
+        left = f" left {duration((now - begun) / done * (total - done))}" if done and not finished else ""
+        self.write(f"{task} {amount(task, done)} of {amount(task, total)}{left}")
+
+    def close(self) -> None:
+        """Every line is written at once."""
+
+
+def amount(task: str, count: int) -> str:
+    """What is counted by a task: bytes when weights are loaded, else samples."""
+    return f"{count / GIB:.2f} GiB" if task == "load" else str(count)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
