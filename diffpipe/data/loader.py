@@ -1,0 +1,177 @@
+"""Turns steps into batches of model inputs in worker processes, and goes on from any batch exactly."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from diffpipe.data.buckets import Bucket
+from diffpipe.data.dataset import Samples
+from diffpipe.data.sampler import Step, StepSampler
+from diffpipe.flow import Key
+from diffpipe.models.base import DiffusionModel, Targets
+
+Microbatch = tuple[dict[str, Any], Targets]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pipeline works on in one step, on the CPU.
+
+    Attributes:
+        microbatches: (inputs of the denoiser's forward, targets), all of one bucket.
+        epoch: counted from 0.
+        samples: indices into the samples, microbatch after microbatch.
+        epoch_ends: whether this is the last step of its epoch.
+        quantile: of the timestep distribution, in evaluation.
+    """
+
+    microbatches: list[Microbatch]
+    bucket: Bucket
+    epoch: int
+    samples: list[int]
+    epoch_ends: bool
+    quantile: float | None = None
+
+
+class Steps(Dataset[Batch]):
+    """Makes a batch of a step; this is what runs in the workers."""
+
+    def __init__(self, samples: Samples, model: DiffusionModel, *, micro: int, seed: int) -> None:
+        self._samples, self._model, self._micro, self._seed = samples, model, micro, seed
+
+    def __getitem__(self, step: Step) -> Batch:
+        microbatches = []
+        for i in range(0, len(step.examples), self._micro):
+            examples = step.examples[i : i + self._micro]
+            keys = [Key(self._seed, e.epoch, e.sample, e.repeat) for e in examples]
+            microbatches.append(self._model.prepare(self._samples.stack([e.sample for e in examples]), keys))
+        return Batch(microbatches, step.bucket, step.epoch, [e.sample for e in step.examples], step.epoch_ends)
+
+
+class Loader:
+    """An endless iterator of batches, prefetched by workers.
+
+    The state is the sampler's place after the last batch handed out. It is JSON, the same on every rank, and free of
+    the number of workers, stages or replicas, so that a checkpoint loads on another mesh.
+    """
+
+    def __init__(self, steps: Steps, sampler: StepSampler, workers: int) -> None:
+        self._steps, self._sampler, self._workers = steps, sampler, workers
+        self._start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = iter(self._loader)
+        return next(self._batches)
+
+    def state_dict(self) -> dict[str, Any]:
+        place = _place(self._loader.state_dict())
+        assert place is not None, "torchdata keeps the state of the sampler it draws from"
+        return place
+
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """Go on after the batch at which ``state`` was taken.
+
+        Returns:
+            What a person should know when that was not possible, as :meth:`StepSampler.load_state_dict` does.
+        """
+        self.close()
+        note = self._sampler.load_state_dict(state)
+        self._start()
+        return note
+
+    def close(self) -> None:
+        """End the workers."""
+        self._batches = None
+        self._loader = None
+
+    def _start(self) -> None:
+        self._batches: Iterator[Batch] | None = None
+        self._loader: Any = StatefulDataLoader(
+            self._steps,
+            batch_size=None,
+            sampler=_Once(self._sampler),
+            num_workers=self._workers,
+            collate_fn=_as_is,
+            # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
+            generator=torch.Generator().manual_seed(0),
+            multiprocessing_context=_context() if self._workers else None,
+        )
+
+
+def make_loader(samples: Samples, sampler: StepSampler, model: DiffusionModel, *, micro: int, seed: int, workers: int) -> Loader:
+    """Batches of ``samples`` in the order of ``sampler``, made ready by ``model`` in ``workers`` processes (0: in this one)."""
+    return Loader(Steps(samples, model, micro=micro, seed=seed), sampler, workers)
+
+
+def eval_batches(
+    samples: Samples,
+    model: DiffusionModel,
+    *,
+    quantiles: Sequence[float],
+    micro: int,
+    seed: int,
+    accumulate: int = 1,
+    replica: int = 0,
+    replicas: int = 1,
+) -> Iterator[Batch]:
+    """Every sample once at every quantile, in a fixed order, with the same noise at every evaluation and quantile.
+
+    A batch is up to ``accumulate`` microbatches of up to ``micro`` samples of one bucket: none is lost, the last of
+    a bucket may be smaller. Replicas take turns with batches.
+    """
+    by_bucket: dict[Bucket, list[int]] = {}
+    for i, bucket in enumerate(samples.buckets):
+        by_bucket.setdefault(bucket, []).append(i)
+    groups = [
+        (bucket, members[i : i + micro * accumulate])
+        for bucket, members in sorted(by_bucket.items())
+        for i in range(0, len(members), micro * accumulate)
+    ]
+    for quantile in quantiles:
+        for bucket, members in groups[replica::replicas]:
+            microbatches = []
+            for i in range(0, len(members), micro):
+                chosen = members[i : i + micro]
+                keys = [Key(seed, 0, s, 0, quantile) for s in chosen]
+                microbatches.append(model.prepare(samples.stack(chosen), keys))
+            yield Batch(microbatches, bucket, 0, members, False, quantile)
+
+
+class _Once:
+    """Gives the loader the sampler's own stream, rather than a new one at each iteration."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self._sampler = sampler
+
+    def __iter__(self) -> StepSampler:
+        return self._sampler
+
+
+def _as_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _context() -> Any:
+    """How workers start: never by copying a process that may hold a CUDA context, decoder threads or NCCL's."""
+    return multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+
+
+def _place(state: Any) -> dict[str, Any] | None:
+    """The sampler's state inside torchdata's, which nests it differently with and without workers."""
+    if isinstance(state, dict):
+        if state.keys() >= {"carried", "group", "done"}:
+            return state
+        return next((place for inner in state.values() if (place := _place(inner)) is not None), None)
+    return None
