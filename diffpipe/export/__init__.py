@@ -1,0 +1,1 @@
+"""What a person takes away: LoRAs and full weights that other programs load."""
