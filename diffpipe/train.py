@@ -18,7 +18,7 @@ from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.encode import EncodeProgress, Report, prepare_data
 from diffpipe.errors import DiffpipeError
-from diffpipe.export.run import export_weights
+from diffpipe.export.run import check_formats, export_weights
 from diffpipe.metrics import EvalRecord, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
@@ -98,8 +98,7 @@ def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks) -
         samples, report = prepare_data(
             config, model, folders, rank=mesh.rank, world=mesh.world, exchange=mesh.exchange, device=mesh.device, progress=_show(sinks)
         )
-        for line in report.lines():
-            sinks.note(f"{name}: {line}")
+        show_report(name, report, sinks)
         opened.append(samples)
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
 
@@ -143,6 +142,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step."""
+        check_formats(self.model, self.config.export.formats)
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:
@@ -159,6 +159,7 @@ class Trainer:
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
+        self.pipeline.stage.clock.take()
         begin = time.perf_counter()
         batch = next(self.loader)
         read = time.perf_counter()

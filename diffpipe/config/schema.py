@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
+ExportFormat = Literal["diffusers", "comfyui"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -168,7 +169,7 @@ class CheckpointConfig(Section):
 class ExportConfig(Section):
     every_steps: Positive | None = Field(None, description="Steps between exports; one is always written at the end.")
     every_epochs: Positive | None = Field(None, description="Epochs between exports.")
-    formats: list[Literal["diffusers", "comfyui"]] = Field(
+    formats: list[ExportFormat] = Field(
         default_factory=lambda: ["diffusers"], min_length=1, description="`diffusers` names, or `comfyui` (the original checkpoint's names)."
     )
     dtype: DType | None = Field(None, description="Type of exported weights; null keeps model.dtype.")

@@ -1,0 +1,74 @@
+"""The command line: one command a function, no logic and nothing heavy imported until a command runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffpipe.cli.console import run_command
+
+app = typer.Typer(
+    help="Train diffusion models that do not fit one GPU.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CFG", help="Config file (YAML).", show_default=False)]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.", show_default=False)]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    resume: Annotated[str | None, typer.Option("--resume", metavar="[RUN]", help="Go on with RUN (name or folder); without RUN, the newest.")] = None,
+    overrides: Overrides = [],  # noqa: B006 - Typer reads the default, nothing changes it
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, weights and steps; train nothing.")] = False,
+) -> None:
+    """Encode what is not cached yet, then train. Under torchrun, one process per GPU."""
+    from diffpipe.cli.train import train_command
+
+    run_command(lambda: train_command(config, overrides, resume, dry_run))
+
+
+@app.command()
+def cache(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+    """Encode the data of a config and report what was encoded, reused and left out."""
+    from diffpipe.cli.cache import cache_command
+
+    run_command(lambda: cache_command(config, overrides))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    formats: Annotated[list[str], typer.Option("--format", metavar="FORMAT", help="diffusers or comfyui; repeatable.")] = ["diffusers"],  # noqa: B006
+    step: Annotated[int | None, typer.Option("--checkpoint", metavar="STEP", help="Step of the checkpoint.", show_default="the newest")] = None,
+    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N")] = None,
+) -> None:
+    """Take trained weights out of a run's checkpoint."""
+    from diffpipe.cli.export import export_command
+
+    run_command(lambda: export_command(run, formats, step, output))
+
+
+@app.command()
+def models() -> None:
+    """List the model families and what each supports."""
+    from diffpipe.cli.models import models_command
+
+    run_command(models_command)
+
+
+@app.command()
+def schema(reference: Annotated[bool, typer.Option("--reference", help="Print every key with its default as YAML instead.")] = False) -> None:
+    """Print the JSON Schema of the config, for editors."""
+    from diffpipe.cli.schema import schema_command
+
+    run_command(lambda: schema_command(reference))
+
+
+def main() -> None:
+    """Run the command line; `--resume` may stand without a run."""
+    from diffpipe.cli.console import fill_bare_resume
+
+    app(args=fill_bare_resume())
