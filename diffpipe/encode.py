@@ -72,10 +72,14 @@ class Report:
 
     def lines(self) -> list[str]:
         """The report for a person."""
-        text = [f"{self.files} files, {self.samples} samples in {len(self.buckets)} buckets; {self.encoded} entries encoded, {self.reused} found in the cache"]
+        text = [
+            f"{self.files} files, {self.samples} samples in {len(self.buckets)} buckets; {self.encoded} entries encoded, {self.reused} found in the cache"
+        ]
         text += [f"  bucket {bucket}: {count} samples" for bucket, count in sorted(self.buckets.items())]
         text += [f"left out: {d.path}: {d.reason}" for d in self.faults]
-        others = Counter(f"{d.reason} ({d.path.suffix or 'no suffix'})" if d.reason == NOT_MEDIA else d.reason for d in self.dropped if not d.fault)
+        others = Counter(
+            f"{d.reason} ({d.path.suffix or 'no suffix'})" if d.reason == NOT_MEDIA else d.reason for d in self.dropped if not d.fault
+        )
         text += [f"not used: {count} x {reason}" for reason, count in sorted(others.items())]
         text += [f"damaged cache shard, not used: {path}" for path in self.damaged]
         return text
@@ -166,7 +170,11 @@ def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], c
     if faults and config.data.on_error == "fail":
         listed = "\n".join(f"  {d.path}: {d.reason.replace(chr(10), chr(10) + '  ')}" for d in faults)
         count = "1 file is" if len(faults) == 1 else f"{len(faults)} files are"
-        raise MediaError(f"{count} not usable\n{listed}", where="data.folders", fix="mend or remove them, or set data.on_error to skip; the others are cached")
+        raise MediaError(
+            f"{count} not usable\n{listed}",
+            where="data.folders",
+            fix="mend or remove them, or set data.on_error to skip; the others are cached",
+        )
     if not kept:
         reasons = Counter(d.reason.split("\n")[0] for d in report.dropped)
         told = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))

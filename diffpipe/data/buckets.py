@@ -55,7 +55,9 @@ class Buckets:
         if fitting:
             return fitting[0]
         if not self.frames:
-            raise MediaError("a video, but data.frames has no count above 1", fix="add a frame count such as 33 to data.frames, or take the videos out")
+            raise MediaError(
+                "a video, but data.frames has no count above 1", fix="add a frame count such as 33 to data.frames, or take the videos out"
+            )
         raise MediaError(
             f"a video of {available} frames at the model's {self.fps:g} fps ({info.frames} at its own {info.fps:g})",
             expected=f"at least {self.frames[-1]} frames, the shortest bucket",

@@ -83,7 +83,9 @@ class Cache:
                 self._open[shard] = safe_open(self.folder / shard, "pt")
             return {name: self._open[shard].get_tensor(f"{key}.{name}") for name in names}
         except (SafetensorError, OSError) as fault:
-            raise DiffpipeError(f"a shard of the cache is gone or damaged: {fault}", where=str(self.folder / shard), fix="run again to encode what it held") from fault
+            raise DiffpipeError(
+                f"a shard of the cache is gone or damaged: {fault}", where=str(self.folder / shard), fix="run again to encode what it held"
+            ) from fault
 
     def only(self, keys: set[str]) -> Cache:
         """The same cache knowing nothing but ``keys``, light enough to send to workers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,16 +99,18 @@ class Loader:
 
     def _start(self) -> None:
         self._batches: Iterator[Batch] | None = None
-        self._loader: Any = StatefulDataLoader(
-            self._steps,
-            batch_size=None,
-            sampler=_Once(self._sampler),
-            num_workers=self._workers,
-            collate_fn=_as_is,
-            # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
-            generator=torch.Generator().manual_seed(0),
-            multiprocessing_context=_context() if self._workers else None,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata calls what torch has deprecated
+            self._loader: Any = StatefulDataLoader(
+                self._steps,
+                batch_size=None,
+                sampler=_Once(self._sampler),
+                num_workers=self._workers,
+                collate_fn=_as_is,
+                # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
+                generator=torch.Generator().manual_seed(0),
+                multiprocessing_context=_context() if self._workers else None,
+            )
 
 
 def make_loader(samples: Samples, sampler: StepSampler, model: DiffusionModel, *, micro: int, seed: int, workers: int) -> Loader:

@@ -18,7 +18,9 @@ from diffpipe.errors import DiffpipeError, MediaError
 if TYPE_CHECKING:
     from diffpipe.data.buckets import Bucket
 
-VIDEO_SUFFIXES = frozenset(f".{s}" for s in ("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv"))
+VIDEO_SUFFIXES = frozenset(
+    f".{s}" for s in ("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv")
+)
 # Pillow recognises these by their first bytes but has no decoder of its own for them.
 IDENTIFIED_ONLY = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 CHUNK = 8  # video frames held at source size at once
@@ -160,7 +162,7 @@ def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _read_clip(path: Path, count: int, size: tuple[int, int], fps: float) -> np.ndarray:
-    """``count`` frames at ``fps`` from the first on, F H W C uint8; decodes those frames only, a few at a time."""
+    """``count`` frames at ``fps`` from the first on, F H W C uint8; holds a few at source size at once."""
     video = _open_video(path)
     starts = _times(video)[:, 0]
     starts = starts - starts[0]
@@ -169,10 +171,12 @@ def _read_clip(path: Path, count: int, size: tuple[int, int], fps: float) -> np.
     middles = (np.arange(count) + 0.5) / fps - 0.002
     picks = np.clip(np.searchsorted(starts, middles, side="right") - 1, 0, len(video) - 1)
     pixels = np.empty((count, size[1], size[0], 3), np.uint8)
-    for first in range(0, count, CHUNK):
-        chosen = picks[first : first + CHUNK].tolist()
-        for i, frame in enumerate(_frames(video, chosen, path)):
-            pixels[first + i] = np.asarray(_fit(Image.fromarray(frame), size))
+    # Read on without a gap: decord reaches a frame further off by seeking, and in HEVC and AVI files lands on another
+    # frame than the one asked for. What lies after the last pick is never read.
+    for first in range(0, int(picks[-1]) + 1, CHUNK):
+        frames = _frames(video, list(range(first, min(first + CHUNK, int(picks[-1]) + 1))), path)
+        for i in np.nonzero((picks >= first) & (picks < first + CHUNK))[0]:
+            pixels[i] = np.asarray(_fit(Image.fromarray(frames[picks[i] - first]), size))
     return pixels
 
 
@@ -186,16 +190,18 @@ def _open_video(path: Path) -> Any:
         with open(path, "rb"):
             pass  # a missing or locked file tells its reason here
         video = decord.VideoReader(str(path), num_threads=1)
-        if len(video) == 0:
-            raise MediaError("a video without frames", where=str(path), fix="replace the file or take it out")
-        width = video[0].shape[1]
-        if video[0].shape[2] != 3:
+        height, width, channels = video.next().shape
+        if channels != 3:
             # Rows of a narrow video are padded, which decord mistakes for a fourth channel; a width of 64 has no padding.
-            height = max(1, round(video[0].shape[0] * 64 / width))
-            video = decord.VideoReader(str(path), num_threads=1, width=64, height=height)
+            return decord.VideoReader(str(path), num_threads=1, width=64, height=max(1, round(height * 64 / width)))
+        video.seek(0)
         return video
-    except (decord.DECORDError, OSError, RuntimeError, IndexError) as fault:
-        raise MediaError(f"not a readable video: {_reason(fault)}", where=str(path), fix="replace the file or take it out") from fault
+    except (decord.DECORDError, OSError, RuntimeError, IndexError, StopIteration) as fault:
+        raise MediaError(
+            f"not a readable video: {_reason(fault)}",
+            where=str(path),
+            fix="replace the file, or turn it into H.264 (ffmpeg -i IN -c:v libx264 -crf 14 OUT.mp4)",
+        ) from fault
 
 
 def _frames(video: Any, indices: list[int], path: Path) -> np.ndarray:
@@ -205,12 +211,20 @@ def _frames(video: Any, indices: list[int], path: Path) -> np.ndarray:
     try:
         return video.get_batch(indices).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as fault:
-        raise MediaError(f"frames {indices[0]} to {indices[-1]} cannot be decoded: {_reason(fault)}", where=str(path), fix="replace the file or take it out") from fault
+        raise MediaError(
+            f"frames {indices[0]} to {indices[-1]} cannot be decoded: {_reason(fault)}",
+            where=str(path),
+            fix="replace the file or take it out",
+        ) from fault
 
 
 def _times(video: Any) -> np.ndarray:
     """When each frame begins and ends, in seconds, N 2."""
-    return np.asarray(video.get_frame_timestamp(np.arange(len(video))), np.float64)
+    times = np.asarray(video.get_frame_timestamp(np.arange(len(video))), np.float64)
+    if np.all(np.diff(times[:, 0]) > 0) and abs(times[0, 0]) < 1e9:
+        return times
+    borders = np.arange(len(video) + 1) / max(video.get_avg_fps(), 1e-3)  # AVI and raw streams know their rate only
+    return np.stack([borders[:-1], borders[1:]], 1)
 
 
 def _reason(fault: BaseException) -> str:

@@ -54,7 +54,15 @@ class StepSampler(Iterator[Step]):
     """
 
     def __init__(
-        self, buckets: Sequence[Bucket], repeats: Sequence[int], *, micro: int, accumulate: int, seed: int, replica: int = 0, replicas: int = 1
+        self,
+        buckets: Sequence[Bucket],
+        repeats: Sequence[int],
+        *,
+        micro: int,
+        accumulate: int,
+        seed: int,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         if not buckets:
             raise DiffpipeError("there is no sample to train on", where="data.folders", fix="see which files were dropped, and why")

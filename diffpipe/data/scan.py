@@ -110,7 +110,9 @@ def scan(
         work += [(path, folder.repeats) for path in media]
     if not work:
         where = ", ".join(f.path for f in folders)
-        raise DiffpipeError("no image or video in the data folders", where=where, expected="media files directly in the folder", fix="check data.folders")
+        raise DiffpipeError(
+            "no image or video in the data folders", where=where, expected="media files directly in the folder", fix="check data.folders"
+        )
     share = work[rank::world]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looked = []

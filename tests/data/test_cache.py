@@ -1,0 +1,170 @@
+"""What the cache promises about entries, crashes and disks."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpipe.data.cache import Cache, ShardWriter, key_of
+from diffpipe.errors import DiffpipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def entry(i: int) -> dict[str, torch.Tensor]:
+    return {"latents": torch.full((4, 1, 2, 3), float(i), dtype=torch.bfloat16), "mask": torch.tensor(i)}
+
+
+def fill(folder: Path, count: int, **limits: float) -> list[str]:
+    keys = [key_of(str(i)) for i in range(count)]
+    with ShardWriter(folder, **limits) as writer:  # type: ignore[arg-type]
+        for i, key in enumerate(keys):
+            writer.add(key, entry(i))
+    return keys
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    keys = fill(tmp_path, 5)
+    cache = Cache(tmp_path)
+    assert len(cache) == 5 and "other" not in cache
+    for i, key in enumerate(keys):
+        assert key in cache
+        assert all(torch.equal(cache[key][n], t) and cache[key][n].dtype == t.dtype for n, t in entry(i).items())
+
+
+def test_a_shard_ends_when_it_is_full(tmp_path: Path) -> None:
+    fill(tmp_path, 10, limit=100)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    assert len(Cache(tmp_path)) == 10
+
+
+def test_a_shard_ends_after_some_seconds(tmp_path: Path) -> None:
+    fill(tmp_path, 3, seconds=0)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+
+
+def test_views_of_a_batch_are_kept_by_themselves(tmp_path: Path) -> None:
+    batch = torch.arange(6.0).view(2, 3)
+    with ShardWriter(tmp_path) as writer:
+        for i, row in enumerate(batch):
+            writer.add(f"k{i}", {"x": row})
+        batch.zero_()
+    assert Cache(tmp_path)["k1"]["x"].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_tensors_are_mapped_and_not_read_whole(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        writer.add("big", {"x": torch.zeros(64 << 18)})
+    cache = Cache(tmp_path)
+    before = _resident()
+    tensor = cache["big"]["x"]
+    assert tensor.nbytes == 64 << 20 and _resident() - before < 16 << 20
+
+
+def _resident() -> int:
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def test_the_cache_travels_to_another_process(tmp_path: Path) -> None:
+    keys = fill(tmp_path, 3)
+    cache = Cache(tmp_path)
+    cache[keys[0]]
+    copy = pickle.loads(pickle.dumps(cache.only({keys[2]})))
+    assert len(copy) == 1 and torch.equal(copy[keys[2]]["latents"], entry(2)["latents"])
+
+
+def test_two_runs_may_write_into_one_folder(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as one, ShardWriter(tmp_path) as two:
+        one.add("a", entry(1))
+        two.add("a", entry(1))
+        two.add("b", entry(2))
+    assert len(Cache(tmp_path)) == 2
+
+
+def test_finished_shards_survive_kill_9_and_hold_whole_entries(tmp_path: Path) -> None:
+    program = (
+        "import sys, torch\nfrom diffpipe.data.cache import ShardWriter\n"
+        "writer = ShardWriter(sys.argv[1], limit=1 << 20)\n"
+        "for i in range(10**6):\n"
+        "    writer.add(f'{i:08}', {'x': torch.full((1 << 14,), float(i))})\n"
+        "    print(i, flush=True)\n"
+    ).replace("ShardWriter(sys.argv[1]", "ShardWriter(__import__('pathlib').Path(sys.argv[1])")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ) as running:
+        assert running.stdout is not None
+        for line in running.stdout:
+            if int(line) > 200:
+                running.kill()
+                break
+    cache = Cache(tmp_path)
+    assert len(cache) >= 180 and not cache.damaged
+    for i in range(len(cache)):
+        assert torch.equal(cache[f"{i:08}"]["x"], torch.full((1 << 14,), float(i)))
+
+
+def test_a_damaged_shard_counts_as_missing(tmp_path: Path) -> None:
+    fill(tmp_path, 3)
+    [shard] = tmp_path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    cache = Cache(tmp_path)
+    assert len(cache) == 0 and cache.damaged == [shard]
+
+
+def test_foreign_safetensors_are_not_entries(tmp_path: Path) -> None:
+    import safetensors.torch
+
+    safetensors.torch.save_file({"a.b": torch.zeros(1)}, tmp_path / "lora.safetensors")
+    assert len(Cache(tmp_path)) == 0
+
+
+def test_a_shard_that_disappears_is_told_of(tmp_path: Path) -> None:
+    [key] = fill(tmp_path, 1)
+    cache = Cache(tmp_path)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(DiffpipeError, match="gone or damaged"):
+        cache[key]
+
+
+def test_only_old_temporary_files_are_swept(tmp_path: Path) -> None:
+    old, young = tmp_path / ".unfinished-old", tmp_path / ".unfinished-young"
+    for path in (old, young):
+        path.write_bytes(b"x")
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    ShardWriter(tmp_path)
+    assert not old.exists() and young.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a limit on file size is what stands in for a full disk")
+def test_a_full_disk_is_told_of_and_leaves_finished_shards_alone(tmp_path: Path) -> None:
+    program = """
+import resource, signal, sys, torch
+from pathlib import Path
+from diffpipe.data.cache import ShardWriter
+from diffpipe.errors import DiffpipeError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with ShardWriter(Path(sys.argv[1])) as writer:
+    writer.add("small", {"x": torch.ones(4)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    with ShardWriter(Path(sys.argv[1])) as writer:
+        writer.add("large", {"x": torch.ones(100_000)})
+except DiffpipeError as fault:
+    print(fault)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "cannot be written" in done.stdout and "free some space" in done.stdout, done.stderr
+    cache = Cache(tmp_path)
+    assert "small" in cache and "large" not in cache
+    assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]

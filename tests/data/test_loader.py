@@ -1,0 +1,121 @@
+"""What batches promise, in one process and with workers."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from drawn import Pool
+
+from diffpipe.data.buckets import Bucket
+from diffpipe.data.cache import Cache, ShardWriter
+from diffpipe.data.dataset import Sample, Samples
+from diffpipe.data.loader import Batch, Loader, eval_batches, make_loader
+from diffpipe.data.sampler import StepSampler
+
+WIDE, TALL = Bucket(1, 32, 64), Bucket(5, 64, 32)
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Samples:
+    entries = []
+    with ShardWriter(tmp_path) as writer:
+        writer.add("caption", {"text": torch.arange(4.0)})
+        for i in range(11):
+            bucket = TALL if i % 3 == 0 else WIDE
+            shape = (3, (bucket.frames + 3) // 4, bucket.height // 8, bucket.width // 8)
+            writer.add(f"m{i}", {"latents": torch.full(shape, float(i))})
+            entries.append(Sample(Path(f"{i}.png"), "a caption", bucket, 2 if i == 4 else 1, f"m{i}", "caption"))
+    return Samples(entries, Cache(tmp_path))
+
+
+def open_loader(samples: Samples, workers: int, micro: int = 2, accumulate: int = 1, replica: int = 0, replicas: int = 1) -> Loader:
+    sampler = StepSampler(samples.buckets, samples.repeats, micro=micro, accumulate=accumulate, seed=3, replica=replica, replicas=replicas)
+    return make_loader(samples, sampler, Pool(), micro=micro, seed=3, workers=workers)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return (a.samples, a.epoch, a.bucket, a.epoch_ends) == (b.samples, b.epoch, b.bucket, b.epoch_ends) and all(
+        torch.equal(x["noisy"], y["noisy"]) and torch.equal(x["t"], y["t"]) and torch.equal(u[0][0], v[0][0])
+        for (x, u), (y, v) in zip(a.microbatches, b.microbatches, strict=True)
+    )
+
+
+def test_a_batch_is_the_microbatches_of_one_bucket(samples: Samples) -> None:
+    batch = next(open_loader(samples, 0, micro=2, accumulate=2))
+    assert len(batch.microbatches) == 2 and len(batch.samples) == 4
+    assert {samples.buckets[i] for i in batch.samples} == {batch.bucket}
+    inputs, targets = batch.microbatches[0]
+    assert inputs["noisy"].shape[0] == inputs["text"].shape[0] == 2
+    assert targets[0][0].shape == inputs["noisy"].shape
+
+
+@pytest.mark.parametrize("before,after", [(0, 0), (2, 2), (0, 2), (2, 1)])
+@pytest.mark.timeout(300)
+def test_a_resumed_loader_goes_on_with_exactly_the_next_batches(samples: Samples, before: int, after: int) -> None:
+    unbroken = list(islice(open_loader(samples, 0), 14))
+    stopped = open_loader(samples, before)
+    first = list(islice(stopped, 6))
+    state = json.loads(json.dumps(stopped.state_dict()))
+    stopped.close()
+    resumed = open_loader(samples, after)
+    assert resumed.load_state_dict(state) is None
+    rest = list(islice(resumed, 8))
+    resumed.close()
+    assert all(same(a, b) for a, b in zip(first + rest, unbroken, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.timeout(300)
+def test_the_state_before_the_first_batch_is_the_beginning(samples: Samples, workers: int) -> None:
+    fresh = open_loader(samples, workers)
+    state = fresh.state_dict()
+    first = next(fresh)
+    fresh.close()
+    resumed = open_loader(samples, 0)
+    resumed.load_state_dict(state)
+    assert same(next(resumed), first)
+
+
+def test_replicas_together_see_what_one_would(samples: Samples) -> None:
+    whole = open_loader(samples, 0, micro=1, accumulate=2)
+    halves = [open_loader(samples, 0, micro=1, replica=r, replicas=2) for r in range(2)]
+    for _ in range(12):
+        batch, parts = next(whole), [next(h) for h in halves]
+        assert batch.samples == parts[0].samples + parts[1].samples
+        for mine, other in zip(batch.microbatches, [p.microbatches[0] for p in parts], strict=True):
+            assert torch.equal(mine[0]["noisy"], other[0]["noisy"])
+
+
+def test_a_sample_meets_new_noise_at_every_showing(samples: Samples) -> None:
+    seen = [x["noisy"] for b in islice(open_loader(samples, 0, micro=1), 60) for x, _ in b.microbatches if b.samples == [4]]
+    assert len(seen) >= 8 and all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_reading_batches_leaves_the_random_state_of_training_alone(samples: Samples) -> None:
+    state = torch.get_rng_state()
+    loader = open_loader(samples, 0)
+    loader.state_dict()
+    next(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_sees_every_sample_at_every_quantile_with_the_same_noise(samples: Samples) -> None:
+    batches = list(eval_batches(samples, Pool(), quantiles=[0.1, 0.9], micro=2, seed=0))
+    for quantile in (0.1, 0.9):
+        chosen = [b for b in batches if b.quantile == quantile]
+        assert sorted(i for b in chosen for i in b.samples) == list(range(11))
+        assert all(len(b.microbatches) == 1 and {samples.buckets[i] for i in b.samples} == {b.bucket} for b in chosen)
+    low, high = batches[0].microbatches[0], batches[len(batches) // 2].microbatches[0]
+    assert (low[0]["t"] < high[0]["t"]).all()
+    assert torch.equal(low[1][0][0], high[1][0][0])
+    again = list(eval_batches(samples, Pool(), quantiles=[0.1, 0.9], micro=2, seed=0))
+    assert all(same(a, b) for a, b in zip(batches, again, strict=True))
+
+
+def test_replicas_share_out_an_evaluation(samples: Samples) -> None:
+    parts = [list(eval_batches(samples, Pool(), quantiles=[0.5], micro=2, seed=0, replica=r, replicas=2)) for r in range(2)]
+    assert sorted(i for part in parts for b in part for i in b.samples) == list(range(11))

@@ -1,0 +1,235 @@
+"""What is read from real image and video files."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from drawn import draw_clip, draw_image
+from PIL import Image
+
+from diffpipe.data.buckets import Bucket
+from diffpipe.data.media import MediaInfo, kind_of, probe, read
+from diffpipe.errors import MediaError
+
+SQUARE = Bucket(1, 32, 32)
+WIDE = Bucket(1, 48, 64)
+
+
+def colours(path: Path, bucket: Bucket = SQUARE) -> torch.Tensor:
+    """The mean colour, 0 to 255."""
+    return (read(path, bucket).mean((1, 2, 3)) + 1) * 127.5
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tiff", ".gif", ".ppm", ".tga", ".avif", ".jp2", ".JPEG"])
+def test_every_common_format_gives_the_same_picture(tmp_path: Path, suffix: str) -> None:
+    pixels = read(draw_image(tmp_path / f"a{suffix}"), WIDE)
+    assert pixels.shape == (3, 1, 48, 64) and pixels.dtype == torch.float32
+    exact = read(draw_image(tmp_path / "exact.png"), WIDE)
+    assert (pixels - exact).abs().mean() < (0.25 if suffix == ".gif" else 0.05)
+
+
+def test_pixels_span_minus_one_to_one(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), (0, 255, 128)).save(tmp_path / "a.png")
+    low, high, middle = read(tmp_path / "a.png", SQUARE)[:, 0, 0, 0].tolist()
+    assert (low, high) == (-1.0, 1.0) and abs(middle) < 0.01
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_says(tmp_path: Path, orientation: int) -> None:
+    upright = Image.open(draw_image(tmp_path / "upright.png", (64, 32)))
+    # The transposition that undoes what the tag asks a viewer to do.
+    back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    stored = upright.transpose(Image.Transpose(back[orientation])) if orientation in back else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "a.png", exif=exif)
+    assert probe(tmp_path / "a.png") == MediaInfo("image", 64, 32)
+    bucket = Bucket(1, 32, 64)
+    assert torch.equal(read(tmp_path / "a.png", bucket), read(tmp_path / "upright.png", bucket))
+
+
+def test_transparency_becomes_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    Image.new("RGBA", (32, 32), (0, 0, 0, 128)).save(tmp_path / "half.png")
+    Image.new("LA", (32, 32), (0, 0)).save(tmp_path / "grey.png")
+    palette = Image.new("P", (32, 32), 3)
+    palette.putpalette([0, 0, 0] * 256)
+    palette.save(tmp_path / "palette.png", transparency=3)
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "keyed.png", transparency=(9, 9, 9))
+    for name in ("clear", "grey", "palette", "keyed"):
+        assert colours(tmp_path / f"{name}.png").tolist() == [255, 255, 255], name
+    assert torch.allclose(colours(tmp_path / "half.png"), torch.tensor(127.0), atol=1)
+
+
+def test_an_opaque_palette_keeps_its_colours(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), (200, 100, 50)).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.png")
+    assert torch.allclose(colours(tmp_path / "a.png"), torch.tensor([200.0, 100.0, 50.0]), atol=1)
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    Image.new("CMYK", (32, 32), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=95)
+    red, green, blue = colours(tmp_path / "a.jpg").tolist()
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path, suffix: str) -> None:
+    Image.fromarray(np.full((32, 32), 32768, np.uint16)).save(tmp_path / f"a{suffix}")
+    assert torch.allclose(colours(tmp_path / f"a{suffix}"), torch.tensor(128.0), atol=1)
+
+
+def test_float_images_are_scaled(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    assert torch.allclose(colours(tmp_path / "a.tiff"), torch.tensor(128.0), atol=1)
+
+
+def test_one_bit_images_are_read(tmp_path: Path) -> None:
+    Image.new("1", (32, 32), 1).save(tmp_path / "a.png")
+    assert colours(tmp_path / "a.png").tolist() == [255, 255, 255]
+
+
+def test_an_image_covers_its_bucket_and_is_cropped_around_the_centre(tmp_path: Path) -> None:
+    wide = np.zeros((32, 96, 3), np.uint8)
+    wide[:, 32:64] = 255
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    assert colours(tmp_path / "a.png").tolist() == [255, 255, 255]
+
+
+def test_a_small_image_is_scaled_up(tmp_path: Path) -> None:
+    assert read(draw_image(tmp_path / "a.png", (7, 5)), WIDE).shape == (3, 1, 48, 64)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".tiff"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_a_truncated_image_is_never_used(tmp_path: Path, suffix: str, kept: float) -> None:
+    whole = draw_image(tmp_path / f"a{suffix}", (256, 256)).read_bytes()
+    (tmp_path / f"b{suffix}").write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(MediaError, match="not a readable image") as told:
+        probe(tmp_path / f"b{suffix}")
+        read(tmp_path / f"b{suffix}", SQUARE)
+    assert f"b{suffix}" in told.value.where
+
+
+def test_text_that_calls_itself_an_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_text("hello")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name in ("a.jpg", "empty.png"):
+        with pytest.raises(MediaError):
+            probe(tmp_path / name)
+
+
+def test_what_a_file_is_follows_from_its_suffix() -> None:
+    assert kind_of(Path("a.JPG")) == kind_of(Path("a.webp")) == "image"
+    assert kind_of(Path("a.MP4")) == kind_of(Path("a.mkv")) == kind_of(Path("a.mpg")) == "video"
+    assert kind_of(Path("a.txt")) is kind_of(Path("a.npz")) is kind_of(Path("a.pdf")) is kind_of(Path("a")) is None
+
+
+# -- videos ----------------------------------------------------------------------------------------------------------
+
+
+def greys(path: Path, frames: int, fps: float) -> list[int]:
+    """Which source frame each frame shows: draw_clip paints frame i in grey 4 * i."""
+    pixels = read(path, Bucket(frames, 48, 64), fps)
+    assert pixels.shape == (3, frames, 48, 64)
+    return [round(v) for v in ((pixels.mean((0, 2, 3)) + 1) * 127.5 / 4).tolist()]
+
+
+@pytest.mark.parametrize("suffix,fps", [(".mp4", 16), (".mkv", 16), (".mkv", 24), (".mov", 30), (".avi", 16), (".ts", 25)])
+def test_a_video_is_counted_in_frames(tmp_path: Path, suffix: str, fps: int) -> None:
+    info = probe(draw_clip(tmp_path / f"a{suffix}", 33, fps))
+    assert (info.kind, info.width, info.height, info.frames) == ("video", 64, 48, 33)
+    assert info.fps == pytest.approx(fps, rel=0.01)
+    assert info.frames_at(fps) == 33
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_a_video_at_the_rate_of_the_model_is_taken_frame_by_frame(tmp_path: Path, suffix: str) -> None:
+    assert greys(draw_clip(tmp_path / f"a{suffix}", 33, 16), 33, 16.0) == list(range(33))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_video_of_twice_the_rate_gives_every_second_frame(tmp_path: Path, suffix: str) -> None:
+    assert greys(draw_clip(tmp_path / f"a{suffix}", 60, 32), 29, 16.0) == list(range(0, 58, 2))
+
+
+@pytest.mark.parametrize(
+    "suffix,codec", [(".mp4", "libx264"), (".mp4", "libx265"), (".webm", "libvpx-vp9"), (".avi", "mpeg4"), (".mov", "prores_ks")]
+)
+def test_frames_are_the_right_ones_in_every_codec(tmp_path: Path, suffix: str, codec: str) -> None:
+    # Key frames every 12, so that a reader that jumps has places to land on.
+    path = draw_clip(
+        tmp_path / f"a{suffix}",
+        60,
+        30,
+        codec=codec,
+        encoding={"g": "12", "keyint_min": "12", "x265-params": "keyint=12:log-level=none", "b": "8M"},
+    )
+    picked = greys(path, 29, 15.0)
+    assert all(abs(frame - 2 * i) <= 1 for i, frame in enumerate(picked))
+
+
+def test_frames_are_picked_by_time(tmp_path: Path) -> None:
+    picked = greys(draw_clip(tmp_path / "a.mp4", 60, 30), 29, 16.0)
+    assert all(abs(frame - (i + 0.5) / 16 * 30) <= 1 for i, frame in enumerate(picked))
+    slow = greys(draw_clip(tmp_path / "b.mp4", 16, 8), 29, 16.0)
+    assert slow[:6] == [0, 0, 1, 1, 2, 2]
+
+
+def test_frames_of_uneven_length_are_picked_by_time(tmp_path: Path) -> None:
+    draw_clip(tmp_path / "even.mkv", 20, 16)
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    # The first ten frames last 1/16 s, the others 1/4 s.
+    late = "setpts='if(lt(N,10),N,10+(N-10)*4)/16/TB'"
+    command = [ffmpeg, "-i", tmp_path / "even.mkv", "-vf", late, "-fps_mode", "vfr", "-c:v", "libx264", "-crf", "1", tmp_path / "a.mkv"]
+    subprocess.run(command, check=True, capture_output=True)
+    picked = greys(tmp_path / "a.mkv", 29, 16.0)
+    assert picked == [*range(10), *(10 + i // 4 for i in range(19))]
+
+
+@pytest.mark.parametrize("turn,size", [(90, (48, 64)), (180, (64, 48)), (270, (48, 64))])
+def test_a_phone_video_is_seen_upright(tmp_path: Path, turn: int, size: tuple[int, int]) -> None:
+    draw_clip(tmp_path / "flat.mp4", 5, 16)
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-display_rotation",
+        str(turn),
+        "-i",
+        tmp_path / "flat.mp4",
+        "-c",
+        "copy",
+        tmp_path / "a.mp4",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    info = probe(tmp_path / "a.mp4")
+    assert info.width / info.height == pytest.approx(size[0] / size[1], rel=0.03)
+    assert read(tmp_path / "a.mp4", Bucket(5, 64, 48), 16.0).shape == (3, 5, 64, 48)
+
+
+@pytest.mark.parametrize("width", [16, 32, 34, 48, 50, 66, 100])
+def test_narrow_videos_are_read(tmp_path: Path, width: int) -> None:
+    info = probe(draw_clip(tmp_path / "a.mp4", 5, 16, (width, 40)))
+    assert info.width / info.height == pytest.approx(width / 40, rel=0.03)
+    levels = read(tmp_path / "a.mp4", Bucket(5, 48, 64), 16.0).mean((0, 2, 3)) * 127.5 + 127.5
+    assert torch.allclose(levels, torch.tensor([0.0, 4.0, 8.0, 12.0, 16.0]), atol=2.1)
+
+
+@pytest.mark.parametrize("options", [{}, {"movflags": "faststart"}])
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.95])
+def test_a_truncated_video_is_never_used(tmp_path: Path, options: dict[str, str], kept: float) -> None:
+    whole = draw_clip(tmp_path / "a.mp4", 60, 16, options=options).read_bytes()
+    (tmp_path / "b.mp4").write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(MediaError, match="video") as told:
+        probe(tmp_path / "b.mp4")
+        read(tmp_path / "b.mp4", Bucket(57, 48, 64), 16.0)
+    assert "b.mp4" in told.value.where
+
+
+def test_text_that_calls_itself_a_video_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_text("hello")
+    with pytest.raises(MediaError, match="not a readable video"):
+        probe(tmp_path / "a.mp4")
