@@ -9,17 +9,12 @@ def models_command() -> None:
 
     from diffpipe.models import MODELS, model_class
 
-    table = Table("model.family", "models", "media", "frames", "size", "trains", "reads", title="Model families")
+    table = Table("model.family", "models", "media", "frames", "sizes in pixels")
     for name in sorted(MODELS):
         family = model_class(name)
         shape = family.geometry
-        table.add_row(
-            name,
-            family.title,
-            "image, video" if shape.fps else "image",
-            f"{shape.temporal}k+1 at {shape.fps:g}/s" if shape.fps else "1",
-            f"multiple of {shape.multiple}",
-            "LoRA, full",
-            "diffusers folder, single file (original, ComfyUI)",
-        )
-    Console().print(table)
+        frames = f"{shape.temporal}k+1 at {shape.fps:g}/s" if shape.fps else "1"
+        table.add_row(name, family.title, "image, video" if shape.fps else "image", frames, f"multiples of {shape.multiple}")
+    console = Console()
+    console.print(table)
+    console.print("Each trains LoRAs and all weights, from a diffusers folder or a single file (original or ComfyUI names).")

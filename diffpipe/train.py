@@ -16,7 +16,7 @@ from diffpipe.config.schema import Config
 from diffpipe.data.dataset import Samples
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
-from diffpipe.encode import EncodeProgress, Report, prepare_data
+from diffpipe.encode import EncodeProgress, prepare_data
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.metrics import EvalRecord, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
@@ -63,17 +63,17 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
     return run.folder
 
 
-def cache(config: Config, *, make_sinks: MakeSinks) -> list[Report]:
-    """Act one alone: encode what the config's folders hold and the cache lacks."""
+def cache(config: Config, *, make_sinks: MakeSinks) -> None:
+    """Act one alone: encode what the config's folders hold and the cache lacks, and report it.
+
+    Raises:
+        DiffpipeError: for whatever the user can cure.
+    """
     config = materialize(config)
     with open_mesh(config.mesh) as mesh:
         sinks = Sinks(make_sinks() if mesh.reporter else [])
         try:
-            model = make_model(config.model, config.objective)
-            return [
-                prepare_data(config, model, folders, rank=mesh.rank, world=mesh.world, exchange=mesh.exchange, device=mesh.device, progress=_show(sinks))[1]
-                for folders in [config.data.folders, *(s.folders for s in config.eval.sets)]
-            ]
+            open_data(config, make_model(config.model, config.objective), mesh, sinks)
         finally:
             sinks.close()
 
@@ -98,7 +98,8 @@ def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks) -
         samples, report = prepare_data(
             config, model, folders, rank=mesh.rank, world=mesh.world, exchange=mesh.exchange, device=mesh.device, progress=_show(sinks)
         )
-        show_report(name, report, sinks)
+        for line in report.lines():
+            sinks.note(f"{name}: {line}")
         opened.append(samples)
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
 
