@@ -19,7 +19,7 @@ from diffpipe.config.schema import Config, FolderConfig
 from diffpipe.data.buckets import Bucket, make_buckets
 from diffpipe.data.cache import Cache, ShardWriter, key_of
 from diffpipe.data.dataset import Sample, Samples
-from diffpipe.data.media import read
+from diffpipe.data.media import PIXELS, read
 from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Remembered, scan
 from diffpipe.errors import DiffpipeError, MediaError
 from diffpipe.models.base import DiffusionModel
@@ -157,7 +157,7 @@ def _place(clips: Sequence[Clip], config: Config, model: DiffusionModel) -> tupl
         try:
             for bucket in buckets.place(clip.info):
                 rate = f" start at {model.geometry.fps:g} fps" if clip.info.kind == "video" else ""
-                media = key_of("media", clip.digest, f"{bucket} centre{rate}", seen_by)
+                media = key_of("media", clip.digest, f"{bucket} centre{rate} pixels {PIXELS}", seen_by)
                 entries.append(Sample(clip.path, clip.caption, bucket, clip.repeats, media, key_of("text", clip.caption, said_by)))
         except MediaError as fault:
             dropped.append(Dropped(clip.path, str(fault)))

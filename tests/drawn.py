@@ -49,8 +49,9 @@ def draw_clip(
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=fps)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv422p10le" if codec == "prores_ks" else "yuv420p"
-        stream.options = encoding or {"crf": "1", "preset": "ultrafast"}
+        stream.options = {**(encoding or {"crf": "1", "preset": "ultrafast"})}
         for i in range(frames):
             grey = np.full((size[1], size[0], 3), i * 4 % 256, np.uint8)
             for packet in stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")):
@@ -126,7 +127,7 @@ def together(world: int, work: Callable[[int, Callable[[Any], list[Any]]], Any])
 
         try:
             return work(rank, exchange)
-        except Exception as fault:  # what a rank raises is what a test asks about
+        except Exception as fault:  # noqa: BLE001 - what a rank raises is what a test asks about
             return fault
 
     with ThreadPoolExecutor(world) as pool:

@@ -168,7 +168,11 @@ def _as_is(batch: Batch) -> Batch:
 
 def _context() -> Any:
     """How workers start: never by copying a process that may hold a CUDA context, decoder threads or NCCL's."""
-    return multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # torch is imported once, in the server the workers come from
+    return context
 
 
 def _place(state: Any) -> dict[str, Any] | None:

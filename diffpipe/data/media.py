@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 # Pillow recognises these by their first bytes but has no decoder of its own for them.
 IDENTIFIED_ONLY = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
+PIXELS = 1  # raised when the same file would give other pixels: part of the cache's keys
 CHUNK = 8  # video frames held at source size at once
 Kind = Literal["image", "video"]
 
@@ -103,26 +105,16 @@ def _image_suffixes() -> frozenset[str]:
     return frozenset(s for s, f in known.items() if f in Image.OPEN and f not in IDENTIFIED_ONLY) - VIDEO_SUFFIXES
 
 
-class _image_faults:
+@contextmanager
+def _image_faults(path: Path) -> Iterator[None]:
     """Turns whatever Pillow raises on a bad file into a MediaError; nothing of an image is used unless all of it is there."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._quiet = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        self._quiet.__enter__()
-        # Pillow warns of large pictures and odd metadata, which are no fault of a photo; what cannot be read raises.
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: object) -> None:
-        self._quiet.__exit__()
-        if isinstance(fault, Image.DecompressionBombError):
-            raise MediaError("an image too large to open safely", where=str(self._path), fix="scale it down") from fault
-        if isinstance(fault, Exception) and not isinstance(fault, DiffpipeError):
-            # Decoders raise what they please (OSError, SyntaxError, ValueError, struct.error, EOFError, ...).
-            said = str(fault).replace(repr(str(self._path)), "the file") or type(fault).__name__
-            raise MediaError(f"not a readable image: {said}", where=str(self._path), fix="replace the file or take it out") from fault
+    try:
+        yield
+    except Image.DecompressionBombError as fault:
+        raise MediaError("an image too large to open safely", where=str(path), fix="scale it down") from fault
+    except Exception as fault:  # decoders raise what they please: OSError, SyntaxError, struct.error, EOFError ...
+        said = str(fault).replace(repr(str(path)), "the file") or type(fault).__name__
+        raise MediaError(f"not a readable image: {said}", where=str(path), fix="replace the file or take it out") from fault
 
 
 def _read_image(path: Path) -> Image.Image:

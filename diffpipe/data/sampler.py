@@ -71,6 +71,8 @@ class StepSampler(Iterator[Step]):
         self._replica, self._group = replica, micro * accumulate * replicas
         self._epoch, self._done, self._fresh = 0, 0, True
         self._carried: list[Example] = []
+        shapes = "\n".join(f"{b} {r}" for b, r in zip(buckets, repeats, strict=True))
+        self._fingerprint = blake2b(shapes.encode(), digest_size=16).hexdigest()
         self._plan()
 
     @property
@@ -106,7 +108,7 @@ class StepSampler(Iterator[Step]):
             "carried": [list(e) for e in self._carried],
             "group": self._group,
             "seed": self._seed,
-            "samples": self._fingerprint(),
+            "samples": self._fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> str | None:
@@ -117,7 +119,7 @@ class StepSampler(Iterator[Step]):
         """
         self._epoch, self._done, self._fresh = state["epoch"], state["done"], state["fresh"]
         self._carried = [Example(*e) for e in state["carried"]]
-        if state["samples"] != self._fingerprint():
+        if state["samples"] != self._fingerprint:
             begun = bool(self._done or self._carried)
             self._epoch, self._done, self._fresh, self._carried = self._epoch + begun, 0, True, []
             self._plan()
@@ -158,7 +160,3 @@ class StepSampler(Iterator[Step]):
         for bucket, repeats in zip(self._buckets, self._repeats, strict=True):
             counts[bucket] += repeats
         return counts
-
-    def _fingerprint(self) -> str:
-        text = "\n".join(f"{b} {r}" for b, r in zip(self._buckets, self._repeats, strict=True))
-        return blake2b(text.encode(), digest_size=16).hexdigest()

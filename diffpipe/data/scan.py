@@ -115,14 +115,17 @@ def scan(
         )
     share = work[rank::world]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        looked = []
-        for one in pool.map(lambda item: _examine(*item, takes_video, memory), share):
+        looked: list[Clip | Dropped] = []
+        for one in pool.map(lambda item: _examine(item[0], item[1], takes_video, memory), share):
             looked.append(one)
             progress(len(looked), len(share))
     shares = exchange(looked)
     for i in range(len(work)):
-        one = shares[i % world][i // world]
-        (found.clips if isinstance(one, Clip) else found.dropped).append(one)
+        one: Clip | Dropped = shares[i % world][i // world]
+        if isinstance(one, Clip):
+            found.clips.append(one)
+        else:
+            found.dropped.append(one)
     return found
 
 

@@ -162,7 +162,12 @@ except DiffpipeError as fault:
     print(fault)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        [sys.executable, "-c", program, tmp_path],
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
     )
     assert "cannot be written" in done.stdout and "free some space" in done.stdout, done.stderr
     cache = Cache(tmp_path)
