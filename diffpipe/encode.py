@@ -73,9 +73,9 @@ class Report:
     def lines(self) -> list[str]:
         """The report for a person."""
         text = [
-            f"{self.files} files, {self.samples} samples in {len(self.buckets)} buckets; {self.encoded} entries encoded, {self.reused} found in the cache"
+            f"files {self.files}, samples {self.samples}, buckets {len(self.buckets)}; {self.encoded} entries encoded, {self.reused} found in the cache"
         ]
-        text += [f"  bucket {bucket}: {count} samples" for bucket, count in sorted(self.buckets.items())]
+        text += [f"  bucket {bucket}: samples {count}" for bucket, count in sorted(self.buckets.items())]
         text += [f"left out: {d.path}: {d.reason}" for d in self.faults]
         others = Counter(
             f"{d.reason} ({d.path.suffix or 'no suffix'})" if d.reason == NOT_MEDIA else d.reason for d in self.dropped if not d.fault
@@ -160,7 +160,7 @@ def _place(clips: Sequence[Clip], config: Config, model: DiffusionModel) -> tupl
                 media = key_of("media", clip.digest, f"{bucket} centre{rate} pixels {PIXELS}", seen_by)
                 entries.append(Sample(clip.path, clip.caption, bucket, clip.repeats, media, key_of("text", clip.caption, said_by)))
         except MediaError as fault:
-            dropped.append(Dropped(clip.path, str(fault)))
+            dropped.append(Dropped.of(clip.path, fault))
     return entries, dropped
 
 
@@ -168,7 +168,7 @@ def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], c
     """Raise when the data cannot be trained on as the config wants it."""
     faults = report.faults
     if faults and config.data.on_error == "fail":
-        listed = "\n".join(f"  {d.path}: {d.reason.replace(chr(10), chr(10) + '  ')}" for d in faults)
+        listed = "\n".join(f"  {d.path}: {d.reason}" for d in faults)
         count = "1 file is" if len(faults) == 1 else f"{len(faults)} files are"
         raise MediaError(
             f"{count} not usable\n{listed}",
@@ -176,7 +176,7 @@ def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], c
             fix="mend or remove them, or set data.on_error to skip; the others are cached",
         )
     if not kept:
-        reasons = Counter(d.reason.split("\n")[0] for d in report.dropped)
+        reasons = Counter(d.reason for d in report.dropped)
         told = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
         raise DiffpipeError(f"no sample is left: {told}", where="data.folders", fix="see the list of reasons")
     lost = [k for k in held if k not in cache]
@@ -261,7 +261,7 @@ class _Encoder:
                 try:
                     yield entry, pixels.result()
                 except MediaError as fault:
-                    faults[entry.path] = Dropped(entry.path, str(fault))
+                    faults[entry.path] = Dropped.of(entry.path, fault)
                     yield entry, None
 
     def _texts(self, share: list[Sample], encoders: Any, writer: ShardWriter) -> None:

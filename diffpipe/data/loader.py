@@ -106,7 +106,7 @@ class Loader:
                 batch_size=None,
                 sampler=_Once(self._sampler),
                 num_workers=self._workers,
-                collate_fn=_as_is,
+                collate_fn=_as_is,  # pyright: ignore[reportArgumentType] - torchdata's alias names no type
                 # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
                 generator=torch.Generator().manual_seed(0),
                 multiprocessing_context=_context() if self._workers else None,

@@ -43,6 +43,14 @@ class Dropped:
     reason: str
     fault: bool = True
 
+    @classmethod
+    def of(cls, path: Path, fault: MediaError) -> Dropped:
+        """In one line; another file than ``path`` that is at fault (its caption) is named."""
+        other = Path(fault.where).name if fault.where not in ("", str(path)) else ""
+        wanted = f", expected {fault.expected}" if fault.expected else ""
+        cure = f" ({fault.fix})" if fault.fix else ""
+        return cls(path, f"{f'{other}: ' if other else ''}{fault.found}{wanted}{cure}")
+
 
 @dataclass
 class Found:
@@ -156,7 +164,7 @@ def _examine(path: Path, repeats: int, takes_video: bool, memory: Remembered) ->
         caption = read_caption(path.with_suffix(".txt"))
         info, digest = memory.look(path) or (probe(path), digest_of(path))
     except MediaError as fault:
-        return Dropped(path, str(fault))
+        return Dropped.of(path, fault)
     except OSError as fault:
         return Dropped(path, f"cannot be read: {fault.strerror or fault}")
     return Clip(path, info, digest, caption, repeats)

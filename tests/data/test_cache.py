@@ -139,7 +139,8 @@ def test_only_old_temporary_files_are_swept(tmp_path: Path) -> None:
     old, young = tmp_path / ".unfinished-old", tmp_path / ".unfinished-young"
     for path in (old, young):
         path.write_bytes(b"x")
-    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
     ShardWriter(tmp_path)
     assert not old.exists() and young.exists()
 
