@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.originals import ORIGINALS
-from diffpipe.models.weights import Lazy
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -96,7 +96,7 @@ def _template(denoiser: str) -> NameMap:
         count = len(numbers)
         # A new run begins where row numbers stop rising by one, as where two halves were swapped.
         cuts = [0, *(torch.nonzero(numbers[1:] != numbers[:-1] + 1).reshape(-1) + 1).tolist(), count]
-        for a, b in zip(cuts, cuts[1:], strict=False):
+        for a, b in pairwise(cuts):
             owner = int(torch.searchsorted(edges, numbers[a], right=True)) - 1
             runs[names[owner]].append((int(numbers[a]), Piece(_general(parameter), a / count, b / count)))
     return {_general(name): [piece for _, piece in sorted(found, key=lambda r: r[0])] for name, found in runs.items() if found}
@@ -107,9 +107,9 @@ def _general(name: str) -> str:
     return NUMBER.sub("{n}", name, count=1) if name.split(".")[0].endswith("blocks") else name
 
 
-def rename(tensors: Mapping[str, Lazy], names: NameMap) -> dict[str, Lazy]:
+def rename(tensors: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:
     """Full weights under original names; nothing is read yet."""
-    renamed: dict[str, Lazy] = {}
+    renamed: dict[str, Tensor] = {}
     for original, pieces in names.items():
         rows = [tensors[p.name] if (p.start, p.stop) == (0.0, 1.0) else _rows(tensors[p.name], p) for p in pieces]
         renamed[original] = rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -120,7 +120,7 @@ def _rows(tensor: Tensor, piece: Piece) -> Tensor:
     return tensor[round(piece.start * tensor.shape[0]) : round(piece.stop * tensor.shape[0])]
 
 
-def rename_lora(tensors: Mapping[str, Lazy], names: NameMap, rows: Mapping[str, int]) -> dict[str, Lazy]:
+def rename_lora(tensors: Mapping[str, Tensor], names: NameMap, rows: Mapping[str, int]) -> dict[str, Tensor]:
     """Adapters under original names, one per original layer.
 
     Layers that the original format joins (q, k, v) become one adapter whose A is theirs stacked and whose B is
@@ -130,7 +130,7 @@ def rename_lora(tensors: Mapping[str, Lazy], names: NameMap, rows: Mapping[str, 
         tensors: by ``<layer>.lora_A.weight`` and ``<layer>.lora_B.weight``.
         rows: of each diffusers parameter, for layers without an adapter inside a joined one.
     """
-    renamed: dict[str, Lazy] = {}
+    renamed: dict[str, Tensor] = {}
     for original, pieces in names.items():
         layers = list(dict.fromkeys(p.name.removesuffix(".weight") for p in pieces))
         adapted = [layer for layer in layers if f"{layer}.lora_A.weight" in tensors]
