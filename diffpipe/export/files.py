@@ -76,7 +76,9 @@ def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except OSError as fault:
-        raise DiffpipeError(f"cannot be written: {fault}", where=str(path), fix="free some space, or set output_dir to another disk") from fault
+        raise DiffpipeError(
+            f"cannot be written: {fault}", where=str(path), fix="free some space, or set output_dir to another disk"
+        ) from fault
     finally:
         aside.unlink(missing_ok=True)  # there only when something failed
     return path

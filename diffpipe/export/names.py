@@ -57,7 +57,9 @@ def original_names(denoiser: str, parameters: Collection[str]) -> NameMap:
                 covered |= {p.name for p in filled}
     missing = set(parameters) - covered
     if missing:
-        raise DiffpipeError(f"{len(missing)} parameters have no original name, such as {min(missing)}", where="export.formats", fix="export as diffusers")
+        raise DiffpipeError(
+            f"{len(missing)} parameters have no original name, such as {min(missing)}", where="export.formats", fix="export as diffusers"
+        )
     return found
 
 

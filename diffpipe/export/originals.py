@@ -23,7 +23,9 @@ def _flux() -> Shapes:
         shapes |= {f"{block}_attn.norm.{n}_norm.scale": (head,) for n in ("query", "key")}
         shapes |= _linear(f"{block}_mlp.0", 4 * w, w) | _linear(f"{block}_mlp.2", w, 4 * w)
     single = "single_blocks.0"
-    shapes |= _linear(f"{single}.linear1", 7 * w, w) | _linear(f"{single}.linear2", w, 5 * w) | _linear(f"{single}.modulation.lin", 3 * w, w)
+    shapes |= (
+        _linear(f"{single}.linear1", 7 * w, w) | _linear(f"{single}.linear2", w, 5 * w) | _linear(f"{single}.modulation.lin", 3 * w, w)
+    )
     shapes |= {f"{single}.norm.{n}_norm.scale": (head,) for n in ("query", "key")}
     return shapes | _linear("final_layer.linear", 64, w) | _linear("final_layer.adaLN_modulation.1", 2 * w, w)
 

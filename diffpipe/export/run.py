@@ -26,7 +26,9 @@ from diffpipe.pipeline.mesh import Mesh
 WEIGHTS = "diffusion_pytorch_model"
 
 
-def export_weights(config: Config, model: DiffusionModel, module: nn.Module, mesh: Mesh, folder: Path, formats: Sequence[str]) -> list[Path]:
+def export_weights(
+    config: Config, model: DiffusionModel, module: nn.Module, mesh: Mesh, folder: Path, formats: Sequence[str]
+) -> list[Path]:
     """Write what all stages have trained into ``folder``; every rank calls this, and gets the paths.
 
     Stages pass their weights through files, since the whole of them may fit no single rank.
@@ -55,7 +57,9 @@ def export_weights(config: Config, model: DiffusionModel, module: nn.Module, mes
             shutil.rmtree(parts, ignore_errors=True)
 
 
-def export_tensors(config: Config, model: DiffusionModel, tensors: Mapping[str, Tensor], folder: Path, formats: Sequence[str]) -> list[Path]:
+def export_tensors(
+    config: Config, model: DiffusionModel, tensors: Mapping[str, Tensor], folder: Path, formats: Sequence[str]
+) -> list[Path]:
     """Write trained weights into ``folder`` in each format.
 
     Args:
@@ -80,7 +84,9 @@ def export_tensors(config: Config, model: DiffusionModel, tensors: Mapping[str, 
     return paths
 
 
-def _lora(config: Config, model: DiffusionModel, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, kind: str) -> Path:
+def _lora(
+    config: Config, model: DiffusionModel, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, kind: str
+) -> Path:
     assert config.adapter is not None
     named = fold_alpha(tensors, config.adapter)
     if kind == "comfyui":
@@ -106,7 +112,9 @@ def fold_alpha(tensors: Mapping[str, Tensor], adapter: AdapterConfig) -> dict[st
     return {n: t * scale if scale != 1 and n.endswith(".lora_B.weight") else t for n, t in tensors.items()}
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], model: DiffusionModel, about: Mapping[str, str], limit: int = 10 << 30) -> Path:
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], model: DiffusionModel, about: Mapping[str, str], limit: int = 10 << 30
+) -> Path:
     """A diffusers component folder: config.json and weights in files of at most about ``limit`` bytes.
 
     Raises:
