@@ -31,7 +31,9 @@ from diffpipe.toy.media import SHAPES, draw, write_clip  # noqa: E402
 def text_encoder(kind: str, width: int, vocabulary: int) -> nn.Module:
     import transformers
 
-    config = getattr(transformers, f"{kind}Config")(vocab_size=vocabulary, d_model=width, d_kv=64, d_ff=64, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=vocabulary, d_model=width, d_kv=64, d_ff=64, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu"
+    )
     return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
@@ -41,10 +43,20 @@ def make_flux(folder: Path) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     clip, t5 = make_clip_tokenizer(folder / "tokenizer", 77), make_t5_tokenizer(512)
-    config = CLIPTextConfig(vocab_size=len(clip), hidden_size=768, intermediate_size=64, num_hidden_layers=1, num_attention_heads=12, bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id)
+    config = CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=768,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+    )
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [8] * 4}
     vae = AutoencoderKL(**blocks, layers_per_block=1, latent_channels=16, norm_num_groups=4, scaling_factor=1.0, shift_factor=0.0)
-    FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(config), clip, text_encoder("T5", 4096, len(t5)), t5, None).save_pretrained(folder)
+    FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, CLIPTextModel(config), clip, text_encoder("T5", 4096, len(t5)), t5, None
+    ).save_pretrained(folder)
     with init_empty_weights():
         return FluxTransformer2DModel(guidance_embeds=True)
 
@@ -55,7 +67,13 @@ def make_wan(folder: Path) -> nn.Module:
 
     t5 = make_t5_tokenizer(512)
     vae = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    WanPipeline(tokenizer=t5, text_encoder=text_encoder("UMT5", 4096, len(t5)), vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(), transformer=None).save_pretrained(folder)
+    WanPipeline(
+        tokenizer=t5,
+        text_encoder=text_encoder("UMT5", 4096, len(t5)),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=None,
+    ).save_pretrained(folder)
     with init_empty_weights():
         return WanTransformer3DModel()
 
@@ -67,7 +85,10 @@ def write_denoiser(folder: Path, empty: nn.Module) -> int:
     def random(shape: torch.Size) -> torch.Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
 
-    tensors = {n: Lazy(torch.empty(t.shape, dtype=torch.bfloat16, device="meta"), lambda s=t.shape: random(s)) for n, t in empty.state_dict().items()}
+    tensors = {
+        n: Lazy(torch.empty(t.shape, dtype=torch.bfloat16, device="meta"), lambda s=t.shape: random(s))
+        for n, t in empty.state_dict().items()
+    }
     names = list(tensors)
     size = sum(t.numel() * 2 for t in tensors.values())
     count = size // (10 << 30) + 1
@@ -76,7 +97,9 @@ def write_denoiser(folder: Path, empty: nn.Module) -> int:
     for file, group in zip(files, groups, strict=True):
         write_safetensors(folder / file, {n: tensors[n] for n in group}, {})
     weight_map = {n: f for f, group in zip(files, groups, strict=True) for n in group}
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map})
+    )
     empty.save_config(folder)
     return size
 
@@ -97,7 +120,12 @@ def run(work: Path, family: str, steps: int, resolution: int, frames: int) -> tu
         "run": {"steps": steps},
         "model": {"family": family, "path": str(work / family)},
         "adapter": {"rank": 32},
-        "data": {"folders": [{"path": str(work / f"{family}-media")}], "resolutions": [resolution], "frames": sorted({1, frames}), "workers": 1},
+        "data": {
+            "folders": [{"path": str(work / f"{family}-media")}],
+            "resolutions": [resolution],
+            "frames": sorted({1, frames}),
+            "workers": 1,
+        },
         "export": {"formats": ["diffusers", "comfyui"]},
     }
     path = work / f"{family}.json"

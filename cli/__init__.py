@@ -10,7 +10,11 @@ import typer
 from diffpipe.cli.console import run_command
 
 app = typer.Typer(
-    help="Train diffusion models that do not fit one GPU.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    help="Train diffusion models that do not fit one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CFG", help="Config file (YAML).", show_default=False)]
@@ -20,7 +24,9 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 @app.command()
 def train(
     config: ConfigFile,
-    resume: Annotated[str | None, typer.Option("--resume", metavar="[RUN]", help="Go on with RUN (name or folder); without RUN, the newest.")] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="[RUN]", help="Go on with RUN (name or folder); without RUN, the newest.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006 - Typer reads the default, nothing changes it
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, weights and steps; train nothing.")] = False,
 ) -> None:
@@ -42,8 +48,12 @@ def cache(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
     formats: Annotated[list[str], typer.Option("--format", metavar="FORMAT", help="diffusers or comfyui; repeatable.")] = ["diffusers"],  # noqa: B006
-    step: Annotated[int | None, typer.Option("--checkpoint", metavar="STEP", help="Step of the checkpoint.", show_default="the newest")] = None,
-    output: Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N")] = None,
+    step: Annotated[
+        int | None, typer.Option("--checkpoint", metavar="STEP", help="Step of the checkpoint.", show_default="the newest")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N")
+    ] = None,
 ) -> None:
     """Take trained weights out of a run's checkpoint."""
     from diffpipe.cli.export import export_command
@@ -60,7 +70,9 @@ def models() -> None:
 
 
 @app.command()
-def schema(reference: Annotated[bool, typer.Option("--reference", help="Print every key with its default as YAML instead.")] = False) -> None:
+def schema(
+    reference: Annotated[bool, typer.Option("--reference", help="Print every key with its default as YAML instead.")] = False,
+) -> None:
     """Print the JSON Schema of the config, for editors."""
     from diffpipe.cli.schema import schema_command
 

@@ -7,7 +7,7 @@ from collections import deque
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from diffpipe.metrics import GIB, EvalRecord, Sink, StepRecord, TextSink, amount
@@ -38,7 +38,7 @@ class Dashboard:
             console=console,
             expand=True,
         )
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}
         self.last: StepRecord | None = None
         self.losses: deque[float] = deque(maxlen=60)
         self.buckets: dict[str, float] = {}
@@ -84,10 +84,18 @@ class Dashboard:
             table.add_column(style="dim", no_wrap=True)
             table.add_column(no_wrap=True, ratio=1)
         memory = f"device {r.device_peak / GIB:.2f} GiB, " if r.device_peak else ""
-        share = {name: part / r.step_time if r.step_time else 0 for name, part in (("data", r.data_time), ("compute", r.compute_time), ("comm", r.communication_time))}
+        share = {
+            name: part / r.step_time if r.step_time else 0
+            for name, part in (("data", r.data_time), ("compute", r.compute_time), ("comm", r.communication_time))
+        }
         table.add_row("loss", f"[bold]{r.loss:.4f}[/] {spark(self.losses)}", "grad norm", f"{r.grad_norm:.3g}")
         table.add_row("step", f"{r.step} of {r.steps_total}, epoch {r.epoch + 1}", "lr", f"{r.lr:.3g}")
-        table.add_row("step time", f"{r.step_time:.3f} s, {r.samples_per_second:.2f} samples/s", "split", ", ".join(f"{n} {v:.0%}" for n, v in share.items()))
+        table.add_row(
+            "step time",
+            f"{r.step_time:.3f} s, {r.samples_per_second:.2f} samples/s",
+            "split",
+            ", ".join(f"{n} {v:.0%}" for n, v in share.items()),
+        )
         table.add_row("memory", f"{memory}host {r.host_peak / GIB:.2f} GiB", "bucket", r.bucket)
         worst = sorted(self.buckets.items(), key=lambda b: -b[1])[:4]
         table.add_row("bucket loss", ", ".join(f"{name} {loss:.3f}" for name, loss in worst), "", "")

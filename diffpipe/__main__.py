@@ -11,4 +11,5 @@ if (root / "cli" / "__init__.py").is_file() and not (root / "diffpipe" / "cli").
 
 from diffpipe.cli import main  # noqa: E402
 
-main()
+if __name__ == "__main__":
+    main()

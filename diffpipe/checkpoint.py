@@ -122,7 +122,9 @@ def _held(reader: FileSystemReader, path: Path) -> dict[str, TensorStorageMetada
     try:
         metadata = reader.read_metadata().state_dict_metadata
     except (OSError, EOFError, CheckpointException) as fault:
-        raise CheckpointError(f"not a readable checkpoint: {_first_line(fault)}", where=str(path), fix="resume from an older one") from fault
+        raise CheckpointError(
+            f"not a readable checkpoint: {_first_line(fault)}", where=str(path), fix="resume from an older one"
+        ) from fault
     return {k: m for k, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
 
 

@@ -73,7 +73,8 @@ class Report:
     def lines(self) -> list[str]:
         """The report for a person."""
         text = [
-            f"files {self.files}, samples {self.samples}, buckets {len(self.buckets)}; {self.encoded} entries encoded, {self.reused} found in the cache"
+            f"files {self.files}, samples {self.samples}, buckets {len(self.buckets)}; "
+            f"{self.encoded} entries encoded, {self.reused} found in the cache"
         ]
         text += [f"  bucket {bucket}: samples {count}" for bucket, count in sorted(self.buckets.items())]
         text += [f"left out: {d.path}: {d.reason}" for d in self.faults]

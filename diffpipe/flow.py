@@ -55,7 +55,10 @@ def timesteps(keys: Sequence[Key], objective: ObjectiveConfig, tokens: int) -> T
         tokens: image tokens of the sample, which the ``resolution`` shift depends on.
     """
     uniform = torch.tensor(
-        [torch.rand((), generator=key.generator("time"), dtype=torch.float64).item() if key.quantile is None else key.quantile for key in keys],
+        [
+            torch.rand((), generator=key.generator("time"), dtype=torch.float64).item() if key.quantile is None else key.quantile
+            for key in keys
+        ],
         dtype=torch.float64,
     )
     shift = shift_factor(objective, tokens)

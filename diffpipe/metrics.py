@@ -160,7 +160,8 @@ class TextSink:
         left = duration((record.steps_total - record.step) * per_step)
         memory = f" device {record.device_peak / GIB:.2f} GiB" if record.device_peak else ""
         self.write(
-            f"step {record.step}/{record.steps_total} epoch {record.epoch + 1} loss {record.loss:.5f} lr {record.lr:.3g} grad_norm {record.grad_norm:.3g} "
+            f"step {record.step}/{record.steps_total} epoch {record.epoch + 1} loss {record.loss:.5f} lr {record.lr:.3g} "
+            f"grad_norm {record.grad_norm:.3g} "
             f"bucket {record.bucket} {record.step_time:.3f} s (data {record.data_time:.3f}, compute {record.compute_time:.3f}, "
             f"communication {record.communication_time:.3f}){memory} left {left}"
         )

@@ -32,7 +32,12 @@ def dry_run(config: Config) -> str:
     ]
     share = sum(sizes)
     for i, (start, stop) in enumerate(spans):
-        lines.append(f"  stage {i}: {units[start]} to {units[stop - 1]}, {stop - start} units, {sum(sizes[start:stop]) / share:.0%} of the weights")
-    lines.append(f"{batch.micro * batch.accumulate * mesh.replicate} samples a step: micro {batch.micro} x accumulate {batch.accumulate} x replicate {mesh.replicate}")
+        lines.append(
+            f"  stage {i}: {units[start]} to {units[stop - 1]}, {stop - start} units, {sum(sizes[start:stop]) / share:.0%} of the weights"
+        )
+    lines.append(
+        f"{batch.micro * batch.accumulate * mesh.replicate} samples a step: "
+        f"micro {batch.micro} x accumulate {batch.accumulate} x replicate {mesh.replicate}"
+    )
     lines.append(f"ends after {' or '.join(f'{n} {w}' for n, w in ((config.run.steps, 'steps'), (config.run.epochs, 'epochs')) if n)}")
     return "\n".join(lines)

@@ -65,7 +65,9 @@ def open_run(config: Config, resume: str | None) -> Run:
         folder.mkdir()
         write_durably(folder / CONFIG, dump(config))
     except OSError as fault:
-        raise DiffpipeError(f"the run folder cannot be made: {fault}", where="output_dir", fix="name a folder that can be written") from fault
+        raise DiffpipeError(
+            f"the run folder cannot be made: {fault}", where="output_dir", fix="name a folder that can be written"
+        ) from fault
     return Run(folder)
 
 

@@ -39,7 +39,13 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
     config = validate(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")), str(run / CONFIG))
     checkpoints = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run / "checkpoints")}
     if not checkpoints or (step is not None and step not in checkpoints):
-        raise CheckpointError(f"no checkpoint of step {step}" if checkpoints else "no complete checkpoint", where=str(run), expected=f"one of {sorted(checkpoints)}")
+        raise CheckpointError(
+            f"no checkpoint of step {step}" if checkpoints else "no complete checkpoint",
+            where=str(run),
+            expected=f"one of {sorted(checkpoints)}",
+        )
     chosen = max(checkpoints) if step is None else step
     weights = {plain_name(name): Lazy(t.to("meta"), lambda t=t: t) for name, t in read_weights(checkpoints[chosen]).items()}
-    return export_tensors(config, make_model(config.model, config.objective), weights, output or run / "exports" / f"step-{chosen:08d}", formats)
+    return export_tensors(
+        config, make_model(config.model, config.objective), weights, output or run / "exports" / f"step-{chosen:08d}", formats
+    )

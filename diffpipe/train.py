@@ -82,7 +82,13 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
     """Everything that records the run, on the rank that speaks for it; nothing on the others."""
     if not mesh.reporter:
         return Sinks([])
-    sinks = Sinks([TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None), TextSink.to_file(run.log), *make_sinks()])
+    sinks = Sinks(
+        [
+            TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None),
+            TextSink.to_file(run.log),
+            *make_sinks(),
+        ]
+    )
     sinks.note(f"run folder {run.folder}")
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
@@ -129,7 +135,13 @@ class Trainer:
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
-            samples.buckets, samples.repeats, micro=micro, accumulate=config.batch.accumulate, seed=seed, replica=mesh.replica, replicas=mesh.replicas
+            samples.buckets,
+            samples.repeats,
+            micro=micro,
+            accumulate=config.batch.accumulate,
+            seed=seed,
+            replica=mesh.replica,
+            replicas=mesh.replicas,
         )
         self.total = total_steps(config, sampler)
         self.loader = make_loader(samples, sampler, model, micro=micro, seed=seed, workers=config.data.workers)
@@ -155,7 +167,11 @@ class Trainer:
                 self.evaluate()
             if last or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
                 self.save()
-            if last or _due(self.step, self.config.export.every_steps) or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs)):
+            if (
+                last
+                or _due(self.step, self.config.export.every_steps)
+                or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs))
+            ):
                 self.export()
 
     def take_step(self) -> StepRecord:
@@ -182,7 +198,9 @@ class Trainer:
         computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
         return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
 
-    def _record(self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float) -> StepRecord:
+    def _record(
+        self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float
+    ) -> StepRecord:
         device = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
         device_peak, host_peak = self.mesh.largest(device, psutil.Process().memory_info().rss)
         return StepRecord(
@@ -230,9 +248,10 @@ class Trainer:
                 replicas=self.mesh.replicas,
             ):
                 loss = self.pipeline.evaluate(batch.microbatches).item()
+                quantile = batch.quantile or 0.0
                 if self.mesh.stage == self.mesh.stages - 1:
-                    sums[batch.quantile][0] += loss * len(batch.samples)
-                    sums[batch.quantile][1] += len(batch.samples)
+                    sums[quantile][0] += loss * len(batch.samples)
+                    sums[quantile][1] += len(batch.samples)
             by_quantile = {}
             for quantile, (loss, count) in sums.items():
                 loss, count = self.mesh.sum(loss, count)
@@ -248,7 +267,9 @@ class Trainer:
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
-        for path in export_weights(self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats):
+        for path in export_weights(
+            self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats
+        ):
             self.sinks.note(f"exported {path}")
 
     def _minutes_are_up(self) -> bool:

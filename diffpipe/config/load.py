@@ -58,12 +58,14 @@ def validate(raw: dict[str, Any], where: str) -> Config:
     except ValidationError as faults:
         lines = [_explain(fault) for fault in faults.errors()]
         count = f"{len(lines)} faults" if len(lines) > 1 else "1 fault"
-        raise ConfigError(f"{count}\n" + "\n".join(f"  {line}" for line in lines), where=where, fix="see configs/reference.yaml for every key") from None
+        raise ConfigError(
+            f"{count}\n" + "\n".join(f"  {line}" for line in lines), where=where, fix="see configs/reference.yaml for every key"
+        ) from None
 
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a subclass of the safe loader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as fault:
         mark = getattr(fault, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -91,7 +93,9 @@ def _put(raw: dict[str, Any], override: str) -> None:
 
 def _index(place: list[Any], name: str, key: str) -> int:
     if not name.isdigit() or int(name) >= len(place):
-        raise ConfigError(f"{key}: {name!r} is no place in a list of {len(place)}", where="--set", expected=f"a number from 0 to {len(place) - 1}")
+        raise ConfigError(
+            f"{key}: {name!r} is no place in a list of {len(place)}", where="--set", expected=f"a number from 0 to {len(place) - 1}"
+        )
     return int(name)
 
 

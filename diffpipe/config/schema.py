@@ -18,9 +18,11 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
-    steps: Positive | None = Field(None, description="Optimizer steps to train; null trains `epochs`.")
-    epochs: Positive | None = Field(None, description="Passes over the data; whichever of `steps` and `epochs` ends first ends the run.")
-    seed: int = Field(0, ge=0, description="Decides data order, noise, timesteps and new weights.")
+    steps: Positive | None = Field(default=None, description="Optimizer steps to train; null trains `epochs`.")
+    epochs: Positive | None = Field(
+        default=None, description="Passes over the data; whichever of `steps` and `epochs` ends first ends the run."
+    )
+    seed: int = Field(default=0, ge=0, description="Decides data order, noise, timesteps and new weights.")
 
     @model_validator(mode="after")
     def _has_an_end(self) -> RunConfig:
@@ -30,11 +32,11 @@ class RunConfig(Section):
 
 
 class MeshConfig(Section):
-    stages: Positive = Field(1, description="Pipeline stages the model is cut into.")
-    replicate: Positive = Field(1, description="Copies of the pipeline that train on different samples.")
-    shard: Literal[1] = Field(1, description="Ranks that share each stage's weights; only 1 for now.")
+    stages: Positive = Field(default=1, description="Pipeline stages the model is cut into.")
+    replicate: Positive = Field(default=1, description="Copies of the pipeline that train on different samples.")
+    shard: Literal[1] = Field(default=1, description="Ranks that share each stage's weights; only 1 for now.")
     partition: list[Positive] | None = Field(
-        None, description="The unit at which each stage after the first begins, counted from 0; null balances parameter bytes."
+        default=None, description="The unit at which each stage after the first begins, counted from 0; null balances parameter bytes."
     )
 
     @model_validator(mode="after")
@@ -48,29 +50,36 @@ class MeshConfig(Section):
 
 
 class BatchConfig(Section):
-    micro: Positive = Field(1, description="Samples per microbatch on each replica.")
-    accumulate: Positive = Field(1, description="Microbatches per optimizer step on each replica; fill the pipeline with 2-4 x mesh.stages.")
+    micro: Positive = Field(default=1, description="Samples per microbatch on each replica.")
+    accumulate: Positive = Field(
+        default=1, description="Microbatches per optimizer step on each replica; fill the pipeline with 2-4 x mesh.stages."
+    )
 
 
 class ModelConfig(Section):
     family: str = Field(description="Model family; `diffpipe models` lists them.")
     path: str = Field(description="Diffusers folder of the whole pipeline (encoders, VAE, configs), or `toy:NAME` for a tiny random one.")
     transformer: Path | None = Field(
-        None, description="Single-file checkpoint (original or ComfyUI names) to take the denoiser from instead of `path`."
+        default=None, description="Single-file checkpoint (original or ComfyUI names) to take the denoiser from instead of `path`."
     )
-    dtype: DType = Field("bfloat16", description="Type of computation, and of weights that are not trained.")
-    trainable_dtype: DType = Field("float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept.")
-    guidance: float = Field(1.0, description="Guidance value given to models with a guidance embedding (Flux dev).")
+    dtype: DType = Field(default="bfloat16", description="Type of computation, and of weights that are not trained.")
+    trainable_dtype: DType = Field(
+        default="float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept."
+    )
+    guidance: float = Field(default=1.0, description="Guidance value given to models with a guidance embedding (Flux dev).")
 
 
 class ObjectiveConfig(Section):
-    timesteps: Literal["logit_normal", "uniform"] = Field("logit_normal", description="Distribution that timesteps t in [0, 1] are drawn from; 1 is pure noise.")
-    scale: float = Field(1.0, gt=0, description="Spread of the logit-normal: t = sigmoid(scale * z), z ~ N(0, 1).")
-    shift: float | Literal["resolution"] | None = Field(
-        None, description="Moves t towards noise: s*t / (1 + (s-1)*t) for a number s; `resolution` takes s = exp(mu), mu linear in the token count (Flux)."
+    timesteps: Literal["logit_normal", "uniform"] = Field(
+        default="logit_normal", description="Distribution that timesteps t in [0, 1] are drawn from; 1 is pure noise."
     )
-    min_t: Fraction = Field(0.0, description="Smallest t trained (after the shift).")
-    max_t: Fraction = Field(1.0, description="Largest t trained (after the shift).")
+    scale: float = Field(default=1.0, gt=0, description="Spread of the logit-normal: t = sigmoid(scale * z), z ~ N(0, 1).")
+    shift: float | Literal["resolution"] | None = Field(
+        default=None,
+        description="Moves t towards noise: s*t / (1 + (s-1)*t) for a number s; `resolution` takes the s of Flux, which rises with size.",
+    )
+    min_t: Fraction = Field(default=0.0, description="Smallest t trained (after the shift).")
+    max_t: Fraction = Field(default=1.0, description="Largest t trained (after the shift).")
 
     @model_validator(mode="after")
     def _sane(self) -> ObjectiveConfig:
@@ -82,47 +91,49 @@ class ObjectiveConfig(Section):
 
 
 class AdapterConfig(Section):
-    kind: Literal["lora"] = Field("lora", description="Kind of adapter.")
-    rank: Positive = Field(16, description="Rank of each low-rank pair.")
-    alpha: float | None = Field(None, gt=0, description="Scale numerator: the update is alpha/rank * B A; null means alpha = rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    rank: Positive = Field(default=16, description="Rank of each low-rank pair.")
+    alpha: float | None = Field(default=None, gt=0, description="Scale numerator: the update is alpha/rank * B A; null means alpha = rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     targets: list[str] | None = Field(
-        None, description="Regular expressions searched in module names; null adapts every linear layer in the model's blocks."
+        default=None, description="Regular expressions searched in module names; null adapts every linear layer in the model's blocks."
     )
     exclude: list[str] = Field(default_factory=list, description="Regular expressions of module names never adapted.")
-    init: Path | None = Field(None, description="LoRA file to start from (diffusers or ComfyUI keys).")
+    init: Path | None = Field(default=None, description="LoRA file to start from (diffusers or ComfyUI keys).")
 
 
 class GroupConfig(Section):
     match: str = Field(description="Regular expression searched in parameter names; the first group that matches takes the parameter.")
-    lr: float | None = Field(None, ge=0, description="Learning rate of the group; 0 freezes it, null takes optimizer.lr.")
-    weight_decay: float | None = Field(None, ge=0, description="Weight decay of the group; null takes optimizer.weight_decay.")
+    lr: float | None = Field(default=None, ge=0, description="Learning rate of the group; 0 freezes it, null takes optimizer.lr.")
+    weight_decay: float | None = Field(default=None, ge=0, description="Weight decay of the group; null takes optimizer.weight_decay.")
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="`adamw` (torch) or `adamw8bit` (bitsandbytes).")
-    lr: float = Field(1e-4, gt=0, description="Learning rate after warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the two moment averages.")
-    eps: float = Field(1e-8, gt=0, description="Added to the denominator.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled weight decay; parameters with one dim never decay.")
-    clip: float | None = Field(1.0, gt=0, description="Largest global gradient norm over all stages; null does not clip.")
+    kind: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="`adamw` (torch) or `adamw8bit` (bitsandbytes).")
+    lr: float = Field(default=1e-4, gt=0, description="Learning rate after warm-up.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay rates of the two moment averages.")
+    eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; parameters with one dim never decay.")
+    clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm over all stages; null does not clip.")
     groups: list[GroupConfig] = Field(default_factory=list, description="Parameters with rates of their own.")
 
 
 class ScheduleConfig(Section):
-    kind: Literal["constant", "linear", "cosine"] = Field("constant", description="Shape of the learning rate after warm-up; linear and cosine would reach 0 one step after the last.")
-    warmup: int = Field(0, ge=0, description="Steps over which the rate rises linearly from lr/warmup to lr.")
+    kind: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Shape of the learning rate after warm-up; linear and cosine would reach 0 one step after the last."
+    )
+    warmup: int = Field(default=0, ge=0, description="Steps over which the rate rises linearly from lr/warmup to lr.")
 
 
 class FolderConfig(Section):
     path: str = Field(description="Folder of images and videos with same-named .txt captions, or `toy:pictures`, `toy:clips`.")
-    repeats: Positive = Field(1, description="Times each sample is seen in an epoch.")
+    repeats: Positive = Field(default=1, description="Times each sample is seen in an epoch.")
 
 
 class AspectConfig(Section):
-    min: float = Field(0.5, gt=0, description="Smallest width/height.")
-    max: float = Field(2.0, gt=0, description="Largest width/height.")
-    count: Positive = Field(7, description="Number of ratios, evenly spaced in log scale.")
+    min: float = Field(default=0.5, gt=0, description="Smallest width/height.")
+    max: float = Field(default=2.0, gt=0, description="Largest width/height.")
+    count: Positive = Field(default=7, description="Number of ratios, evenly spaced in log scale.")
 
     @model_validator(mode="after")
     def _ordered(self) -> AspectConfig:
@@ -133,13 +144,23 @@ class AspectConfig(Section):
 
 class DataConfig(Section):
     folders: list[FolderConfig] = Field(min_length=1, description="Where the training media lie.")
-    resolutions: list[Positive] = Field(default_factory=lambda: [512], min_length=1, description="Sides of the square with a bucket's area, in pixels; every sample trains at each.")
+    resolutions: list[Positive] = Field(
+        default_factory=lambda: [512],
+        min_length=1,
+        description="Sides of the square with a bucket's area, in pixels; every sample trains at each.",
+    )
     aspect: AspectConfig = Field(default_factory=AspectConfig, description="Aspect ratios of the buckets.")
-    frames: list[Positive] = Field(default_factory=lambda: [1], min_length=1, description="Frame counts of the buckets at the model's frame rate; images always use 1, a video the largest that fits.")
-    on_error: Literal["fail", "skip"] = Field("fail", description="What a bad file does: `fail` ends caching with the list of all, `skip` leaves it out and counts it.")
-    cache_dir: Path | None = Field(None, description="Where encoded latents and text are kept; null means OUTPUT_DIR/cache.")
-    encode_batch: Positive = Field(1, description="Samples encoded at once while caching.")
-    workers: int = Field(2, ge=0, description="Loader processes per rank; 0 loads in the training process.")
+    frames: list[Positive] = Field(
+        default_factory=lambda: [1],
+        min_length=1,
+        description="Frame counts of the buckets at the model's frame rate; images always use 1, a video the largest that fits.",
+    )
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="What a bad file does: `fail` ends caching with the list of all, `skip` leaves it out and counts it."
+    )
+    cache_dir: Path | None = Field(default=None, description="Where encoded latents and text are kept; null means OUTPUT_DIR/cache.")
+    encode_batch: Positive = Field(default=1, description="Samples encoded at once while caching.")
+    workers: int = Field(default=2, ge=0, description="Loader processes per rank; 0 loads in the training process.")
 
 
 class EvalSetConfig(Section):
@@ -148,8 +169,14 @@ class EvalSetConfig(Section):
 
 
 class EvalConfig(Section):
-    every_steps: Positive | None = Field(None, description="Steps between evaluations; null evaluates at the start and the end only.")
-    quantiles: list[Fraction] = Field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9], min_length=1, description="Quantiles of the timestep distribution that each sample is evaluated at.")
+    every_steps: Positive | None = Field(
+        default=None, description="Steps between evaluations; null evaluates at the start and the end only."
+    )
+    quantiles: list[Fraction] = Field(
+        default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
+        min_length=1,
+        description="Quantiles of the timestep distribution that each sample is evaluated at.",
+    )
     sets: list[EvalSetConfig] = Field(default_factory=list, description="Held-out sets.")
 
     @model_validator(mode="after")
@@ -161,36 +188,42 @@ class EvalConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_steps: Positive | None = Field(None, description="Steps between checkpoints; one is always written at the end.")
-    every_minutes: float | None = Field(None, gt=0, description="Minutes between checkpoints.")
-    keep: Positive = Field(3, description="Newest checkpoints kept.")
+    every_steps: Positive | None = Field(default=None, description="Steps between checkpoints; one is always written at the end.")
+    every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
+    keep: Positive = Field(default=3, description="Newest checkpoints kept.")
 
 
 class ExportConfig(Section):
-    every_steps: Positive | None = Field(None, description="Steps between exports; one is always written at the end.")
-    every_epochs: Positive | None = Field(None, description="Epochs between exports.")
+    every_steps: Positive | None = Field(default=None, description="Steps between exports; one is always written at the end.")
+    every_epochs: Positive | None = Field(default=None, description="Epochs between exports.")
     formats: list[ExportFormat] = Field(
-        default_factory=lambda: ["diffusers"], min_length=1, description="`diffusers` names, or `comfyui` (the original checkpoint's names)."
+        default_factory=lambda: ["diffusers"],
+        min_length=1,
+        description="`diffusers` names, or `comfyui` (the original checkpoint's names).",
     )
-    dtype: DType | None = Field(None, description="Type of exported weights; null keeps model.dtype.")
+    dtype: DType | None = Field(default=None, description="Type of exported weights; null keeps model.dtype.")
 
 
 class MemoryConfig(Section):
-    recompute: Literal["none", "block"] = Field("block", description="`block` keeps only block inputs and recomputes the rest in backward; `none` keeps all activations.")
+    recompute: Literal["none", "block"] = Field(
+        default="block", description="`block` keeps only block inputs and recomputes the rest in backward; `none` keeps all activations."
+    )
 
 
 class MetricsConfig(Section):
-    every_steps: Positive = Field(1, description="Steps between records on screen and in TensorBoard.")
+    every_steps: Positive = Field(default=1, description="Steps between records on screen and in TensorBoard.")
 
 
 class Config(Section):
-    output_dir: Path = Field(Path("runs"), description="Folder that run folders, named by their start time, are made in.")
+    output_dir: Path = Field(default=Path("runs"), description="Folder that run folders, named by their start time, are made in.")
     run: RunConfig = Field(description="How long, and from which seed.")
-    mesh: MeshConfig = Field(default_factory=MeshConfig, description="How processes share the work; torchrun must start stages x replicate x shard of them.")
+    mesh: MeshConfig = Field(
+        default_factory=MeshConfig, description="How processes share the work; torchrun must start stages x replicate x shard of them."
+    )
     batch: BatchConfig = Field(default_factory=BatchConfig, description="Samples per step.")
     model: ModelConfig = Field(description="What is trained.")
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig, description="Timesteps.")
-    adapter: AdapterConfig | None = Field(None, description="Adapter to train; null trains all weights.")
+    adapter: AdapterConfig | None = Field(default=None, description="Adapter to train; null trains all weights.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="How weights move.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over steps.")
     data: DataConfig = Field(description="What is trained on.")

@@ -24,7 +24,9 @@ def model_class(family: str) -> type[DiffusionModel]:
         ConfigError: when no family has that name.
     """
     if family not in MODELS:
-        raise ConfigError(f"there is no family {family!r}", where="model.family", expected=", ".join(sorted(MODELS)), fix="name one of these")
+        raise ConfigError(
+            f"there is no family {family!r}", where="model.family", expected=", ".join(sorted(MODELS)), fix="name one of these"
+        )
     module, _, name = MODELS[family].partition(":")
     return getattr(import_module(module), name)
 

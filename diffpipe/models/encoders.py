@@ -55,7 +55,12 @@ def check_folder(folder: Path, denoiser: str) -> Path:
     config = folder / "transformer" / "config.json"
     found = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
     if found != denoiser:
-        raise CheckpointError(f"{folder} holds {found or 'no transformer/config.json'}", where="model.path", expected=f"transformer/config.json of a {denoiser}", fix="change model.path or model.family")
+        raise CheckpointError(
+            f"{folder} holds {found or 'no transformer/config.json'}",
+            where="model.path",
+            expected=f"transformer/config.json of a {denoiser}",
+            fix="change model.path or model.family",
+        )
     return folder
 
 

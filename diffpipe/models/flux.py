@@ -32,13 +32,17 @@ class Flux(DiffusionModel):
     def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
         """``text`` L D from T5 (at most 512 tokens, padded), ``pooled`` D from CLIP."""
         length = min(512, encoders.pipeline.tokenizer_2.model_max_length)
-        text, pooled, _ = encoders.pipeline.encode_prompt(prompt=list(captions), prompt_2=None, device=encoders.device, max_sequence_length=length)
+        text, pooled, _ = encoders.pipeline.encode_prompt(
+            prompt=list(captions), prompt_2=None, device=encoders.device, max_sequence_length=length
+        )
         return {"text": text.cpu(), "pooled": pooled.cpu()}
 
     def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         if "img_in.weight" not in shapes or "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes:
             raise CheckpointError(
-                f"its tensors are not Flux's, such as {', '.join(sorted(shapes)[:3])}", where=str(self.config.transformer), expected="double_blocks.0.img_attn.qkv.weight and others"
+                f"its tensors are not Flux's, such as {', '.join(sorted(shapes)[:3])}",
+                where=str(self.config.transformer),
+                expected="double_blocks.0.img_attn.qkv.weight and others",
             )
         width, channels = shapes["img_in.weight"]
         head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]

@@ -46,7 +46,9 @@ def _matching(names: Sequence[str], patterns: Sequence[str], key: str) -> list[s
         if not hits:
             tails = sorted({name.rsplit(".", 1)[-1] for name in names} | {".".join(name.split(".")[-2:]) for name in names})
             near = difflib.get_close_matches(pattern, tails, 3, 0.4)
-            raise ConfigError(f"{pattern!r} finds no linear layer", where=key, expected=f"part of a name such as {', '.join(near or tails[:3])}")
+            raise ConfigError(
+                f"{pattern!r} finds no linear layer", where=key, expected=f"part of a name such as {', '.join(near or tails[:3])}"
+            )
         found |= dict.fromkeys(hits)
     return [name for name in names if name in found]
 
@@ -59,7 +61,13 @@ def attach_lora(module: nn.Module, names: Sequence[str], config: AdapterConfig, 
     from peft import LoraConfig, inject_adapter_in_model
 
     module.requires_grad_(False)
-    peft = LoraConfig(r=config.rank, lora_alpha=config.alpha or config.rank, lora_dropout=config.dropout, target_modules=list(names), init_lora_weights=False)
+    peft = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha or config.rank,  # pyright: ignore[reportArgumentType] - peft takes any number
+        lora_dropout=config.dropout,
+        target_modules=list(names),
+        init_lora_weights=False,
+    )
     with torch.device("meta"):
         inject_adapter_in_model(peft, module, adapter_name=ADAPTER)
     for name, parameter in module.named_parameters():
@@ -90,7 +98,9 @@ def init_lora(module: nn.Module, model: DiffusionModel, config: AdapterConfig, s
         elif name not in given or given[name].shape != parameter.shape:
             found = f"has {tuple(given[name].shape)} for it" if name in given else "has nothing for it"
             raise CheckpointError(
-                f"{plain_name(name)} wants {tuple(parameter.shape)}, the file {found}", where=str(config.init), fix="set adapter.rank and adapter.targets to those of the file"
+                f"{plain_name(name)} wants {tuple(parameter.shape)}, the file {found}",
+                where=str(config.init),
+                fix="set adapter.rank and adapter.targets to those of the file",
             )
         else:
             value = given[name]
@@ -127,7 +137,9 @@ def read_lora(file: Path, model: DiffusionModel, config: AdapterConfig) -> dict[
     try:
         state = pipeline.lora_state_dict(str(file), return_alphas=True, local_files_only=True) if file.is_file() else None
     except Exception as fault:  # diffusers raises whatever its converters stumble on
-        raise CheckpointError(f"cannot be read as a LoRA: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}", where=str(file)) from fault
+        raise CheckpointError(
+            f"cannot be read as a LoRA: {str(fault).splitlines()[0] if str(fault) else type(fault).__name__}", where=str(file)
+        ) from fault
     if state is None:
         raise CheckpointError("no such file", where=f"adapter.init: {file}")
     tensors, alphas = state if isinstance(state, tuple) else (state, None)

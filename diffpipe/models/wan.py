@@ -45,7 +45,9 @@ class Wan(DiffusionModel):
         where = str(self.config.transformer)
         if "patch_embedding.weight" not in shapes or "blocks.0.self_attn.q.weight" not in shapes:
             raise CheckpointError(
-                f"its tensors are not Wan's, such as {', '.join(sorted(shapes)[:3])}", where=where, expected="blocks.0.self_attn.q.weight and others"
+                f"its tensors are not Wan's, such as {', '.join(sorted(shapes)[:3])}",
+                where=where,
+                expected="blocks.0.self_attn.q.weight and others",
             )
         width, channels = shapes["patch_embedding.weight"][:2]
         if "img_emb.proj.1.weight" in shapes or "blocks.0.cross_attn.k_img.weight" in shapes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,7 +118,9 @@ def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
             handle = safe_open(file, "pt")
         except (OSError, SafetensorError) as fault:
             raise CheckpointError(
-                f"cannot be read as safetensors: {fault}", where=str(file), fix="download it again, or name another file; it must be complete and end in .safetensors"
+                f"cannot be read as safetensors: {fault}",
+                where=str(file),
+                fix="download it again, or name another file; it must be complete and end in .safetensors",
             ) from fault
         for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
             view = handle.get_slice(name)
@@ -141,7 +143,9 @@ def open_folder(folder: Path) -> WeightSource:
     files = [folder / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:
-        raise CheckpointError(f"lacks {', '.join(missing[:3])}", where=str(folder), expected="a diffusers component with safetensors weights")
+        raise CheckpointError(
+            f"lacks {', '.join(missing[:3])}", where=str(folder), expected="a diffusers component with safetensors weights"
+        )
     return WeightSource(open_files(files), folder)
 
 
@@ -161,7 +165,7 @@ def unscale(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
         if weight in plain:
             stored = plain[weight]
             by = scale.float().reshape(scale.shape + (1,) * (stored.ndim - scale.ndim) if scale.numel() > 1 else ())
-            plain[weight] = (stored.float() * by).to(torch.bfloat16)
+            plain[weight] = cast(Lazy, (stored.float() * by).to(torch.bfloat16))
     return plain
 
 

@@ -55,7 +55,10 @@ def _adamw8bit(config: OptimizerConfig, groups: list[dict]) -> Optimizer:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as missing:
         raise ConfigError(
-            "bitsandbytes is not installed here", where="optimizer.kind", expected="adamw8bit needs it", fix="pip install bitsandbytes, or take adamw"
+            "bitsandbytes is not installed here",
+            where="optimizer.kind",
+            expected="adamw8bit needs it",
+            fix="pip install bitsandbytes, or take adamw",
         ) from missing
     return AdamW8bit(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
@@ -106,7 +109,8 @@ def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
         if name not in states:
             raise CheckpointError(f"no optimizer state for {name}", expected="a checkpoint of the same trained parameters")
         optimizer.state[parameter] = {
-            what.removesuffix(":int"): int(value) if what.endswith(":int") else _beside(value, parameter, optimizer) for what, value in states[name].items()
+            what.removesuffix(":int"): int(value) if what.endswith(":int") else _beside(value, parameter, optimizer)
+            for what, value in states[name].items()
         }
 
 

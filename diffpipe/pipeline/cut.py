@@ -325,4 +325,7 @@ class Probe:
                 # A rank's border: new leaves with the same shape, type and need of a gradient.
                 payload = tuple(torch.empty(t.shape, dtype=t.dtype, device=self.fakes.device).requires_grad_(t.requires_grad) for t in sent)
                 borders.append(Border(payload, layout))
-        return [Border(tuple(torch.empty(t.shape, dtype=t.dtype, device="meta").requires_grad_(t.requires_grad) for t in b.tensors), b.layout) for b in borders]
+        return [
+            Border(tuple(torch.empty(t.shape, dtype=t.dtype, device="meta").requires_grad_(t.requires_grad) for t in b.tensors), b.layout)
+            for b in borders
+        ]

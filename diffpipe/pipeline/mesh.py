@@ -157,7 +157,11 @@ def open_mesh(config: MeshConfig) -> Iterator[Mesh]:
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        axes = init_device_mesh("cuda" if device.type == "cuda" and launched else "cpu", (config.stages, config.replicate), mesh_dim_names=("stage", "replicate"))
+        axes = init_device_mesh(
+            "cuda" if device.type == "cuda" and launched else "cpu",
+            (config.stages, config.replicate),
+            mesh_dim_names=("stage", "replicate"),
+        )
         yield Mesh(
             rank=dist.get_rank(),
             world=world,

@@ -63,14 +63,15 @@ class Pipeline:
     def _torch_stage(self, borders: list[Border]) -> PipelineStage:
         mesh = self.mesh
         arriving = borders[mesh.stage - 1].tensors if mesh.stage else ()
-        leaving = borders[mesh.stage].tensors
+        leaving: tuple[Tensor, ...] = borders[mesh.stage].tensors
+        alone = mesh.stage == mesh.stages - 1 and len(leaving) == 1
         return PipelineStage(
             self.stage,
             mesh.stage,
             mesh.stages,
             mesh.device,
             input_args=arriving,
-            output_args=leaving if mesh.stage < mesh.stages - 1 or len(leaving) > 1 else leaving[0],
+            output_args=next(iter(leaving)) if alone else leaving,
             group=mesh.stage_group,
         )
 

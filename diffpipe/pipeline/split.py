@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -25,9 +26,11 @@ def split(module: nn.Module, spec: StageSpec, config: MeshConfig) -> list[Span]:
         raise ConfigError(f"{config.stages} stages for {len(units)} units", where="mesh.stages", expected=f"at most {len(units)}")
     if config.partition is not None:
         if config.partition and config.partition[-1] >= len(units):
-            raise ConfigError(f"{config.partition} has a point past the last unit", where="mesh.partition", expected=f"points from 1 to {len(units) - 1}")
+            raise ConfigError(
+                f"{config.partition} has a point past the last unit", where="mesh.partition", expected=f"points from 1 to {len(units) - 1}"
+            )
         edges = [0, *config.partition, len(units)]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
     return balance(stage_bytes(module, spec), config.stages)
 
 
@@ -67,4 +70,4 @@ def balance(sizes: Sequence[int], stages: int) -> list[Span]:
     for s in range(stages, 0, -1):
         edges.append(best[s][edges[-1]][1])
     edges.reverse()
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

@@ -81,7 +81,9 @@ def _make(home: Path, name: str, makers: dict[str, Callable[[Path], None]], key:
     except OSError as fault:
         # Another process may have been first: what it made is the same.
         if not final.is_dir():
-            raise ConfigError(f"{name} cannot be made in {home}: {fault}", where="output_dir", fix="name a folder that can be written") from fault
+            raise ConfigError(
+                f"{name} cannot be made in {home}: {fault}", where="output_dir", fix="name a folder that can be written"
+            ) from fault
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return str(final)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diffpipe.toy.media import COLOURS, SHAPES
 
+M = TypeVar("M", bound=nn.Module)
 WORDS = ("a", "on", "moving", "right", "left", "down", "up", "background", *COLOURS, *SHAPES)
 
 
@@ -21,15 +22,13 @@ def make_flux(folder: Path, pictures: Tensor) -> None:
 
     torch.manual_seed(0)
     clip_tokenizer, t5_tokenizer = make_clip_tokenizer(folder / "tokenizer", 77), make_t5_tokenizer(16)
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8, 8, 16, 16],
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
+    shape: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": [8, 8, 16, 16],
+    }
+    vae: Any = AutoencoderKL(
+        **shape, layers_per_block=1, latent_channels=4, norm_num_groups=4, use_quant_conv=False, use_post_quant_conv=False
     ).eval()
     with torch.no_grad():
         mode = vae.encode(pictures).latent_dist.mode()
@@ -62,7 +61,9 @@ def make_flux(folder: Path, pictures: Tensor) -> None:
             )
         ),
         tokenizer=clip_tokenizer,
-        text_encoder_2=T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(t5_tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+        ),
         tokenizer_2=t5_tokenizer,
         transformer=open_heads(transformer),
     ).save_pretrained(folder)
@@ -75,7 +76,15 @@ def make_wan(folder: Path, clips: Tensor) -> None:
 
     torch.manual_seed(0)
     tokenizer = make_t5_tokenizer(16)
-    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    vae: Any = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 2, 2],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
     with torch.no_grad():
         mode = vae.encode(clips).latent_dist.mode()
     vae.register_to_config(latents_mean=mode.mean((0, 2, 3, 4)).tolist(), latents_std=mode.std((0, 2, 3, 4)).tolist())
@@ -95,14 +104,16 @@ def make_wan(folder: Path, clips: Tensor) -> None:
     )
     WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+        ),
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=open_heads(transformer),
     ).save_pretrained(folder)
 
 
-def open_heads(module: nn.Module) -> nn.Module:
+def open_heads(module: M) -> M:
     """The module with every all-zero weight drawn small instead, so that no gradient is blocked at the start."""
     for parameter in module.parameters():
         if not parameter.detach().any():
@@ -119,7 +130,9 @@ def make_t5_tokenizer(length: int) -> Any:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
 
 
 def make_clip_tokenizer(folder: Path, length: int) -> Any:

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-COLOURS = {"red": (210, 40, 40), "green": (40, 170, 70), "blue": (50, 80, 210), "yellow": (235, 210, 60), "white": (245, 245, 245), "black": (20, 20, 20)}
+COLOURS = {
+    "red": (210, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (50, 80, 210),
+    "yellow": (235, 210, 60),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
 SHAPES = ("circle", "square", "triangle")
 SIZES = ((128, 128), (160, 112), (112, 160))  # width, height
 WAYS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}
@@ -43,7 +50,7 @@ def make_pictures(folder: Path, count: int, seed: int) -> None:
         centre = (rng.uniform(0.35, 0.65) * width, rng.uniform(0.35, 0.65) * height)
         picture = draw(shape, colour, background, (width, height), centre, rng.uniform(0.2, 0.3) * min(width, height))
         file = folder / f"picture-{i:03d}.{'png' if i % 2 else 'jpg'}"
-        picture.save(file, **({} if i % 2 else {"quality": 92}))
+        picture.save(file, quality=92)
         file.with_suffix(".txt").write_text(f"a {colour} {shape} on a {background} background", encoding="utf-8")
 
 
