@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,3 +44,18 @@ def world() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds the tiny checkpoint of every family, and the toy media, by their names."""
+    from diffpipe.config.schema import Config
+    from diffpipe.models import MODELS
+    from diffpipe.toy import materialize
+
+    home = tmp_path_factory.mktemp("toys")
+    for family in MODELS:
+        raw = {"output_dir": home, "run": {"steps": 1}, "model": {"family": family, "path": f"toy:{family}"}, "data": {"folders": [{"path": "toy:clips"}]}}
+        made = materialize(Config.model_validate(raw))
+        shutil.copytree(made.model.path, home / family)
+    return home

@@ -1,0 +1,170 @@
+"""A cut model is the whole model: same outputs, gradients and parameter names, for every family."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
+from diffpipe.flow import Key
+from diffpipe.models import MODELS, make_model
+from diffpipe.models.base import DiffusionModel, StageSpec
+from diffpipe.models.lora import attach_lora, init_lora, resolve_targets
+from diffpipe.pipeline.cut import Fakes, Part, Probe, expand
+from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.stage import sum_errors
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request: pytest.FixtureRequest, toys: Path) -> DiffusionModel:
+    return make_model(ModelConfig(family=request.param, path=str(toys / request.param), dtype="float32"), ObjectiveConfig())
+
+
+def whole_of(model: DiffusionModel, lora: bool) -> nn.Module:
+    module = model.load_denoiser()
+    adapter = AdapterConfig(rank=4)
+    if lora:
+        attach_lora(module, resolve_targets(model, module, adapter), adapter, torch.float32)
+    return module if lora else module.requires_grad_(True)
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """The module with every weight drawn, none zero, so that no gradient is blocked."""
+    generator = torch.Generator().manual_seed(0)
+    for owner in module.modules():
+        for name, p in owner._parameters.items():
+            if p is not None:
+                owner._parameters[name] = nn.Parameter(torch.randn(p.shape, generator=generator) * 0.1, requires_grad=p.requires_grad)
+    return module
+
+
+def microbatch(model: DiffusionModel) -> tuple[dict, list]:
+    width = model.denoiser_config
+    if model.geometry.fps:
+        batch = {"latents": torch.randn(2, width["in_channels"], 3, 4, 6), "text": torch.randn(2, 7, width["text_dim"])}
+    else:
+        text = {"text": torch.randn(2, 7, width["joint_attention_dim"]), "pooled": torch.randn(2, width["pooled_projection_dim"])}
+        batch = {"latents": torch.randn(2, width["in_channels"] // 4, 4, 6), **text}
+    return model.prepare(batch, [Key(0, 0, i, 0) for i in range(2)])
+
+
+def cuts_of(count: int) -> list[list[int]]:
+    """Two stages, three stages, and one unit a stage."""
+    return [[0, count // 2, count], [0, 1, count // 2, count], list(range(count + 1))]
+
+
+def run_parts(parts: list[Part], inputs: dict, targets: list) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Output, loss and gradients of parts that pass detached tensors on, as ranks do."""
+    payload: tuple[Tensor, ...] = ()
+    layout, links = None, []
+    for part in parts:
+        sent, layout = part(payload, layout, inputs)
+        payload = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in sent)
+        links.append((sent, payload))
+    loss = sum_errors(links[-1][0], targets)
+    loss.backward()
+    for sent, arrived in reversed(links[:-1]):
+        pairs = [(s, a.grad if a.grad is not None else torch.zeros_like(s)) for s, a in zip(sent, arrived, strict=True) if s.requires_grad]
+        if pairs:
+            torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
+    gradients: dict[str, Tensor] = {}
+    for part in parts:
+        for name, p in part.model.named_parameters():
+            if p.requires_grad:
+                assert name not in gradients, f"{name} is on two stages"
+                gradients[name] = p.grad if p.grad is not None else torch.zeros_like(p)
+    return links[-1][0][0].detach(), loss.detach(), gradients
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionModel, lora: bool) -> None:
+    whole = filled(whole_of(model, lora))
+    inputs, targets = microbatch(model)
+    output = whole(**inputs, return_dict=False)[0]
+    loss = sum_errors((output,), targets)
+    loss.backward()
+    expected = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in whole.named_parameters() if p.requires_grad}
+    for edges in cuts_of(len(expand(whole, model.spec.units))):
+        parts = [Part(filled(whole_of(model, lora)), model.spec, a, b, Fakes(CPU)) for a, b in zip(edges, edges[1:], strict=False)]
+        got, got_loss, gradients = run_parts(parts, inputs, targets)
+        assert torch.equal(got, output), f"cut at {edges}"
+        assert torch.equal(got_loss, loss)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: DiffusionModel) -> None:
+    inputs, targets = microbatch(model)
+    for lora in (False, True):
+        whole = whole_of(model, lora)
+        count = len(expand(whole, model.spec.units))
+        fakes = Fakes(CPU)
+        twins = [Part(copy.deepcopy(whole), model.spec, i, i + 1, fakes) for i in range(count)]
+        for twin in twins:
+            fakes.fill(twin)
+        borders = Probe(twins, fakes, nullcontext).borders(inputs)
+        payload: tuple[Tensor, ...] = ()
+        layout = None
+        for i, border in enumerate(borders):
+            sent, layout = Part(filled(copy.deepcopy(whole)), model.spec, i, i + 1, Fakes(CPU))(payload, layout, inputs)
+            assert [(t.shape, t.dtype, t.requires_grad) for t in sent] == [(t.shape, t.dtype, t.requires_grad) for t in border.tensors]
+            assert layout == border.layout
+            payload = tuple(t.detach().requires_grad_(t.requires_grad) for t in sent)
+    assert targets
+
+
+def test_parameter_names_are_those_of_diffusers(model: DiffusionModel) -> None:
+    whole = whole_of(model, False)
+    names = [n for n, _ in whole.named_parameters()]
+    count = len(expand(whole, model.spec.units))
+    parts = [Part(copy.deepcopy(whole), model.spec, i, i + 1, Fakes(CPU)) for i in range(count)]
+    assert sorted(n for part in parts for n, _ in part.model.named_parameters()) == sorted(names)
+    assert set(names) <= model.weights().names()
+
+
+def test_dropping_a_carried_module_from_the_spec_changes_the_output(model: DiffusionModel) -> None:
+    whole = filled(whole_of(model, False))
+    inputs, _ = microbatch(model)
+    output = whole(**inputs, return_dict=False)[0]
+    for dropped in model.spec.carry:
+        spec = StageSpec(model.spec.units, tuple(c for c in model.spec.carry if c != dropped), model.spec.replicate, model.spec.post)
+        first, last = (Part(filled(whole_of(model, False)), spec, a, b, Fakes(CPU)) for a, b in ((0, 1), (1, len(expand(whole, spec.units)))))
+        payload, layout = first((), None, inputs)
+        got, _ = last(tuple(t.detach() for t in payload), layout, inputs)
+        assert not torch.allclose(got[0], output, atol=1e-4), dropped
+
+
+def test_recompute_changes_no_number(model: DiffusionModel) -> None:
+    inputs, targets = microbatch(model)
+    results = []
+    for wrap in (False, True):
+        part = Part(filled(whole_of(model, True)), model.spec, 0, len(expand(model.load_denoiser(), model.spec.units)), Fakes(CPU))
+        for unit in part.units if wrap else ():
+            recompute(part.model.get_submodule(unit))
+        results.append(run_parts([part], inputs, targets))
+    (a, la, ga), (b, lb, gb) = results
+    assert torch.equal(a, b)
+    assert torch.equal(la, lb)
+    assert all(torch.equal(ga[n], gb[n]) for n in ga)
+
+
+def test_adapters_start_equal_on_any_cut(model: DiffusionModel) -> None:
+    adapter = AdapterConfig(rank=4)
+    whole = whole_of(model, True)
+    count = len(expand(whole, model.spec.units))
+    parts = [Part(copy.deepcopy(whole), model.spec, a, b, Fakes(CPU)).model for a, b in ((0, count), (0, 2), (2, count))]
+    for part in parts:
+        init_lora(part, model, adapter, 3, CPU)
+    one = dict(parts[0].named_parameters())
+    for part in parts[1:]:
+        for name, p in part.named_parameters():
+            if p.requires_grad:
+                assert torch.equal(p, one[name]), name
