@@ -1,0 +1,174 @@
+"""Whole runs through the command line, in one and several real processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffpipe.checkpoint import list_checkpoints, read_weights
+from diffpipe.models import MODELS
+from tests.conftest import ROOT
+
+World = Callable[..., subprocess.CompletedProcess[str]]
+SMALL = {
+    "run.steps": 4,
+    "batch.micro": 1,
+    "batch.accumulate": 2,
+    "data.resolutions": "[64]",
+    "data.workers": 0,
+    "eval.quantiles": "[0.5]",
+    "checkpoint.every_steps": 2,
+    "schedule.warmup": 0,
+    "metrics.every_steps": 1,
+}
+CONFIGS = {"flux": "configs/quickstart.yaml", "wan": "configs/quickstart_video_lora.yaml"}
+
+
+def arguments(family: str, output: Path, **more: object) -> list[str]:
+    settings = {**SMALL, "output_dir": output, "data.cache_dir": output.parent / "cache", **more}
+    return ["-m", "diffpipe", "train", CONFIGS[family], *(f"--set={k}={v}" for k, v in settings.items())]
+
+
+def losses(output: str) -> list[float]:
+    return [float(x) for x in re.findall(r"^step \d+/\d+ .*?loss (\S+)", output, re.M)]
+
+
+def last_weights(output: Path) -> dict[str, Tensor]:
+    run = max(output.glob("*/config.yaml")).parent
+    return read_weights(list_checkpoints(run / "checkpoints")[-1])
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_two_stages_train_as_one_process_does(world: World, tmp_path: Path, family: str) -> None:
+    one = world(1, *arguments(family, tmp_path / "one", **{"mesh.stages": 1}))
+    two = world(2, *arguments(family, tmp_path / "two", **{"mesh.stages": 2}))
+    assert len(losses(one.stdout)) == 4
+    assert losses(two.stdout) == pytest.approx(losses(one.stdout), rel=1e-4)
+    expected, got = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
+    assert got.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-4, msg=name)
+
+
+def test_replicas_share_a_step_that_one_process_takes_alone(world: World, tmp_path: Path) -> None:
+    alone = world(1, *arguments("flux", tmp_path / "one", **{"mesh.stages": 1, "batch.accumulate": 4}))
+    shared = world(4, *arguments("flux", tmp_path / "four", **{"mesh.stages": 2, "mesh.replicate": 2, "batch.accumulate": 2}))
+    assert losses(shared.stdout) == pytest.approx(losses(alone.stdout), rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "stages"), [("flux", 1), ("wan", 2)])
+def test_a_killed_run_resumes_to_the_unbroken_runs_weights_bit_for_bit(world: World, tmp_path: Path, family: str, stages: int) -> None:
+    more = {"mesh.stages": stages, "run.steps": 6}
+    if family == "wan":
+        more["adapter.dropout"] = 0.1
+    world(stages, *arguments(family, tmp_path / "unbroken", **more))
+    broken = arguments(family, tmp_path / "broken", **more)
+    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={stages}", "--standalone"] if stages > 1 else [sys.executable]
+    process = subprocess.Popen(
+        [*launcher, *broken], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)
+    resumed = world(stages, *broken, "--resume")
+    assert "resumed from step-00000002" in resumed.stdout
+    expected, got = last_weights(tmp_path / "unbroken"), last_weights(tmp_path / "broken")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+
+
+def test_a_checkpoint_of_two_stages_goes_on_in_one_process(world: World, tmp_path: Path) -> None:
+    world(2, *arguments("flux", tmp_path / "run", **{"mesh.stages": 2, "run.steps": 2}))
+    resumed = world(1, *arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 4}), "--resume")
+    assert "changed since the run began: mesh.stages was 2, now 1" in resumed.stdout
+    assert "step 4/4" in resumed.stdout
+
+
+def test_a_run_folder_holds_what_the_docs_promise(world: World, tmp_path: Path) -> None:
+    world(1, *arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2, "checkpoint.keep": 1, "checkpoint.every_steps": 1}))
+    (run,) = [p.parent for p in (tmp_path / "run").glob("*/config.yaml")]
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "checkpoints", "exports", "tensorboard", "log.txt"}
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step-00000002"]
+    assert "eval/held-out/loss" in (run / "log.txt").read_text()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    wanted = {"train/loss", "train/lr", "train/grad_norm", "eval/held-out/loss", "time/data", "time/compute", "time/communication", "memory/host"}
+    assert wanted <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: World, tmp_path: Path, family: str) -> None:
+    import diffusers
+
+    from diffpipe.config.load import load_config
+    from diffpipe.models import make_model
+    from diffpipe.models.lora import attach_lora, resolve_targets
+    from diffpipe.toy import materialize
+    from tests.pipeline.test_cut import microbatch
+
+    more = {"mesh.stages": 2, "run.steps": 3, "adapter": "{rank: 4, alpha: 2}", "export.dtype": "float32", "optimizer.lr": 0.05}
+    given = arguments(family, tmp_path / "run", **more)
+    world(2, *given)
+    (run,) = [p.parent for p in (tmp_path / "run").glob("*/config.yaml")]
+    config = materialize(load_config(ROOT / CONFIGS[family], [a.removeprefix("--set=") for a in given if a.startswith("--set=")]))
+    model = make_model(config.model, config.objective)
+    trained = model.denoiser_class().from_pretrained(Path(config.model.path) / "transformer")
+    assert config.adapter is not None
+    attach_lora(trained, resolve_targets(model, trained, config.adapter), config.adapter, torch.float32)
+    trained.to_empty(device="cpu") if any(p.is_meta for p in trained.parameters()) else None
+    trained.load_state_dict({**_base(model, trained), **last_weights(tmp_path / "run")})
+    inputs, _ = microbatch(model)
+    trained.eval()
+    wanted = trained(**inputs, return_dict=False)[0]
+    pipeline = getattr(diffusers, model.pipeline).from_pretrained(config.model.path)
+    before = pipeline.transformer(**inputs, return_dict=False)[0]
+    kinds = ("diffusers", "comfyui") if family == "wan" else ("diffusers",)
+    for kind in kinds:
+        pipeline.load_lora_weights(str(run / "exports" / "step-00000003" / f"{family}-lora-{kind}.safetensors"))
+        got = pipeline.transformer(**inputs, return_dict=False)[0]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(got, before, atol=1e-4)
+        pipeline.unload_lora_weights()
+
+
+def _base(model, module) -> dict[str, Tensor]:
+    from diffpipe.models.lora import base_name, is_lora
+
+    source = model.weights()
+    return {n: source.read(base_name(n)) for n in module.state_dict() if not is_lora(n)}
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings", "told"),
+    [
+        (1, {"mesh.stages": 2}, "torchrun --nproc_per_node=2"),
+        (2, {"mesh.stages": 1}, "expected: 1 process"),
+        (1, {"mesh.stages": 1, "model.family": "wan"}, "expected: transformer/config.json of a WanTransformer3DModel"),
+        (1, {"mesh.stages": 1, "model.path": "nowhere"}, "model.path: nowhere: no such folder"),
+        (1, {"mesh.stages": 1, "optimiser.lr": 1}, "did you mean optimizer?"),
+        (1, {"mesh.stages": 1, "model.family": "fluks"}, "model.family"),
+        (1, {"mesh.stages": 1, "data.folders": "[{path: nowhere}]"}, "nowhere"),
+    ],
+)
+def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
+    world: World, tmp_path: Path, processes: int, settings: dict, told: str
+) -> None:
+    done = world(processes, *arguments("flux", tmp_path / "run", **settings), check=False)
+    assert done.returncode == 1
+    assert told in done.stderr
+    assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed/elastic")[0] or processes > 1
