@@ -55,7 +55,12 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     home = tmp_path_factory.mktemp("toys")
     for family in MODELS:
-        raw = {"output_dir": home, "run": {"steps": 1}, "model": {"family": family, "path": f"toy:{family}"}, "data": {"folders": [{"path": "toy:clips"}]}}
+        raw = {
+            "output_dir": home,
+            "run": {"steps": 1},
+            "model": {"family": family, "path": f"toy:{family}"},
+            "data": {"folders": [{"path": "toy:clips"}]},
+        }
         made = materialize(Config.model_validate(raw))
         shutil.copytree(made.model.path, home / family)
     return home

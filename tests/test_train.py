@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -68,23 +67,26 @@ def test_replicas_share_a_step_that_one_process_takes_alone(world: World, tmp_pa
 
 @pytest.mark.parametrize(("family", "stages"), [("flux", 1), ("wan", 2)])
 def test_a_killed_run_resumes_to_the_unbroken_runs_weights_bit_for_bit(world: World, tmp_path: Path, family: str, stages: int) -> None:
-    more = {"mesh.stages": stages, "run.steps": 6}
+    more = {"mesh.stages": stages, "run.steps": 8}
     if family == "wan":
         more["adapter.dropout"] = 0.1
     world(stages, *arguments(family, tmp_path / "unbroken", **more))
     broken = arguments(family, tmp_path / "broken", **more)
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={stages}", "--standalone"] if stages > 1 else [sys.executable]
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={stages}", "--standalone"] if stages > 1 else [sys.executable]
+    )
     process = subprocess.Popen(
-        [*launcher, *broken], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True, start_new_session=True
+        [*launcher, *broken], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
-            os.killpg(process.pid, signal.SIGKILL)
+            # torchrun's workers are sessions of their own: all are killed, as when the machine goes down.
+            for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                each.kill()
     process.wait()
-    time.sleep(0.5)
     resumed = world(stages, *broken, "--resume")
-    assert "resumed from step-00000002" in resumed.stdout
+    assert re.search(r"resumed from step-0000000[2-6]", resumed.stdout)
     expected, got = last_weights(tmp_path / "unbroken"), last_weights(tmp_path / "broken")
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
@@ -107,7 +109,16 @@ def test_a_run_folder_holds_what_the_docs_promise(world: World, tmp_path: Path) 
 
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    wanted = {"train/loss", "train/lr", "train/grad_norm", "eval/held-out/loss", "time/data", "time/compute", "time/communication", "memory/host"}
+    wanted = {
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "eval/held-out/loss",
+        "time/data",
+        "time/compute",
+        "time/communication",
+        "memory/host",
+    }
     assert wanted <= set(events.Tags()["scalars"])
 
 
@@ -127,11 +138,10 @@ def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: Wo
     (run,) = [p.parent for p in (tmp_path / "run").glob("*/config.yaml")]
     config = materialize(load_config(ROOT / CONFIGS[family], [a.removeprefix("--set=") for a in given if a.startswith("--set=")]))
     model = make_model(config.model, config.objective)
-    trained = model.denoiser_class().from_pretrained(Path(config.model.path) / "transformer")
+    trained = model.load_denoiser()
     assert config.adapter is not None
     attach_lora(trained, resolve_targets(model, trained, config.adapter), config.adapter, torch.float32)
-    trained.to_empty(device="cpu") if any(p.is_meta for p in trained.parameters()) else None
-    trained.load_state_dict({**_base(model, trained), **last_weights(tmp_path / "run")})
+    trained.load_state_dict({**_base(model, trained), **last_weights(tmp_path / "run")}, assign=True)
     inputs, _ = microbatch(model)
     trained.eval()
     wanted = trained(**inputs, return_dict=False)[0]
@@ -171,4 +181,5 @@ def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
     done = world(processes, *arguments("flux", tmp_path / "run", **settings), check=False)
     assert done.returncode == 1
     assert told in done.stderr
-    assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed/elastic")[0] or processes > 1
+    # torchrun adds a report of its own after the message.
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]

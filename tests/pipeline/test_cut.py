@@ -136,7 +136,9 @@ def test_dropping_a_carried_module_from_the_spec_changes_the_output(model: Diffu
     output = whole(**inputs, return_dict=False)[0]
     for dropped in model.spec.carry:
         spec = StageSpec(model.spec.units, tuple(c for c in model.spec.carry if c != dropped), model.spec.replicate, model.spec.post)
-        first, last = (Part(filled(whole_of(model, False)), spec, a, b, Fakes(CPU)) for a, b in ((0, 1), (1, len(expand(whole, spec.units)))))
+        first, last = (
+            Part(filled(whole_of(model, False)), spec, a, b, Fakes(CPU)) for a, b in ((0, 1), (1, len(expand(whole, spec.units))))
+        )
         payload, layout = first((), None, inputs)
         got, _ = last(tuple(t.detach() for t in payload), layout, inputs)
         assert not torch.allclose(got[0], output, atol=1e-4), dropped
