@@ -83,7 +83,10 @@ def write_denoiser(folder: Path, empty: nn.Module) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def random(shape: torch.Size) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.02
+        # Norm weights near one and small biases, as in a trained model: depth must not blow activations up.
+        if len(shape) == 1:
+            return torch.ones(shape, device=device, dtype=torch.bfloat16)
+        return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.01
 
     tensors = {
         n: Lazy(torch.empty(t.shape, dtype=torch.bfloat16, device="meta"), lambda s=t.shape: random(s))

@@ -51,6 +51,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
         sinks = open_sinks(run, mesh, make_sinks)
         try:
             model = make_model(config.model, config.objective)
+            check_formats(model, config.export.formats)
             samples, held_out = open_data(config, model, mesh, sinks)
             torch.manual_seed(config.run.seed + mesh.rank)
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress("load", done, total))
@@ -155,7 +156,6 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step."""
-        check_formats(self.model, self.config.export.formats)
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:

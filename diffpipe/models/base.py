@@ -140,7 +140,8 @@ class DiffusionModel(ABC):
         """The whole denoiser with parameters on the meta device and real non-persistent buffers (RoPE tables)."""
         from accelerate import init_empty_weights
 
-        with init_empty_weights(include_buffers=False):
+        # Some classes draw their tables even on meta; the random state belongs to the training.
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             module = self.denoiser_class().from_config(self.denoiser_config)
         return module.requires_grad_(False).train()
 

@@ -67,12 +67,12 @@ def read_weights(part: Part, model: DiffusionModel, config: Config, device: torc
     source = model.weights()
     trainable = getattr(torch, config.model.trainable_dtype)
     wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta and not is_lora(n)]
-    total = sum(t.numel() * t.element_size() for _, t in wanted)
+    kinds = {name: trainable if t.requires_grad else model.dtype_of(base_name(name)) for name, t in wanted}
+    total = sum(t.numel() * kinds[name].itemsize for name, t in wanted)
     done = 0
     for name, empty in wanted:
-        dtype = trainable if empty.requires_grad else model.dtype_of(base_name(name))
-        _place(part.model, name, source.read(base_name(name), dtype).to(device))
-        done += empty.numel() * empty.element_size()
+        _place(part.model, name, source.read(base_name(name), kinds[name]).to(device))
+        done += empty.numel() * kinds[name].itemsize
         progress(done, total)
     if config.adapter is not None:
         init_lora(part.model, model, config.adapter, config.run.seed, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionMod
     loss.backward()
     expected = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in whole.named_parameters() if p.requires_grad}
     for edges in cuts_of(len(expand(whole, model.spec.units))):
-        parts = [Part(filled(whole_of(model, lora)), model.spec, a, b, Fakes(CPU)) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [Part(filled(whole_of(model, lora)), model.spec, a, b, Fakes(CPU)) for a, b in pairwise(edges)]
         got, got_loss, gradients = run_parts(parts, inputs, targets)
         assert torch.equal(got, output), f"cut at {edges}"
         assert torch.equal(got_loss, loss)
