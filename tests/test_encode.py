@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from drawn import PicturePool, Pool, config_of, draw_clip, draw_image, together
 
 from diffpipe.config.schema import Config, FolderConfig
 from diffpipe.data.buckets import Bucket
@@ -22,6 +21,7 @@ from diffpipe.data.dataset import Samples
 from diffpipe.encode import EncodeProgress, Report, prepare_data
 from diffpipe.errors import DiffpipeError, MediaError
 from diffpipe.models.base import DiffusionModel
+from tests.drawn import PicturePool, Pool, config_of, draw_clip, draw_image, together
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

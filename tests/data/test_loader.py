@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from drawn import Pool
 
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.cache import Cache, ShardWriter
 from diffpipe.data.dataset import Sample, Samples
 from diffpipe.data.loader import Batch, Loader, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
+from tests.drawn import Pool
 
 WIDE, TALL = Bucket(1, 32, 64), Bucket(5, 64, 32)
 

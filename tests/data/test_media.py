@@ -9,12 +9,12 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from drawn import draw_clip, draw_image
 from PIL import Image
 
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.media import MediaInfo, kind_of, probe, read
 from diffpipe.errors import MediaError
+from tests.drawn import draw_clip, draw_image
 
 SQUARE = Bucket(1, 32, 32)
 WIDE = Bucket(1, 48, 64)

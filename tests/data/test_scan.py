@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
-from drawn import draw_clip, draw_image, together
 
 from diffpipe.config.schema import FolderConfig
 from diffpipe.data.scan import Found, Remembered, scan
 from diffpipe.errors import ConfigError, DiffpipeError
+from tests.drawn import draw_clip, draw_image, together
 
 
 def look(*folders: Path, takes_video: bool = True, memory: Path = Path("nowhere"), **more: object) -> Found:
