@@ -116,7 +116,7 @@ def make_media(folder: Path, resolution: int, frames: int) -> None:
         file.with_suffix(".txt").write_text(f"a red {SHAPES[i]} on a blue background")
 
 
-def run(work: Path, family: str, steps: int, resolution: int, frames: int) -> tuple[int, int]:
+def run(work: Path, family: str, steps: int, resolution: int, frames: int, settings: list[str]) -> tuple[int, int]:
     """Train through the command line; returns the largest anonymous host memory while loading, and over all, in bytes."""
     config = {
         "output_dir": str(work / "runs"),
@@ -133,7 +133,8 @@ def run(work: Path, family: str, steps: int, resolution: int, frames: int) -> tu
     }
     path = work / f"{family}.json"
     path.write_text(json.dumps(config))
-    process = subprocess.Popen([sys.executable, "-m", "diffpipe", "train", str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "diffpipe", "train", str(path), *(f"--set={setting}" for setting in settings)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     peak = loading = 0
     import threading
 
@@ -163,21 +164,27 @@ def run(work: Path, family: str, steps: int, resolution: int, frames: int) -> tu
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("family", choices=["flux", "wan"])
-    options.add_argument("--steps", type=int, default=8)
+    options.add_argument("--steps", type=int, default=8, help="0 only writes the weights")
     options.add_argument("--resolution", type=int, default=1024)
     options.add_argument("--frames", type=int, default=1)
     options.add_argument("--work", type=Path, default=Path("real-size"))
+    options.add_argument("--set", action="append", default=[], help="passed on to train")
     given = options.parse_args()
     folder = given.work / given.family
     folder.mkdir(parents=True, exist_ok=True)
-    begun = time.time()
-    size = write_denoiser(folder / "transformer", {"flux": make_flux, "wan": make_wan}[given.family](folder))
-    index = json.loads((folder / "model_index.json").read_text())
-    index["transformer"] = ["diffusers", {"flux": "FluxTransformer2DModel", "wan": "WanTransformer3DModel"}[given.family]]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    done = folder / "written"
+    if not done.exists():
+        begun = time.time()
+        size = write_denoiser(folder / "transformer", {"flux": make_flux, "wan": make_wan}[given.family](folder))
+        index = json.loads((folder / "model_index.json").read_text())
+        index["transformer"] = ["diffusers", {"flux": "FluxTransformer2DModel", "wan": "WanTransformer3DModel"}[given.family]]
+        (folder / "model_index.json").write_text(json.dumps(index))
+        print(f"wrote {size / 2**30:.1f} GiB of weights in {time.time() - begun:.0f} s", flush=True)
+        done.touch()
+    if not given.steps:
+        return
     make_media(given.work / f"{given.family}-media", given.resolution, given.frames)
-    print(f"wrote {size / 2**30:.1f} GiB of weights in {time.time() - begun:.0f} s", flush=True)
-    loading, peak = run(given.work.resolve(), given.family, given.steps, given.resolution, given.frames)
+    loading, peak = run(given.work.resolve(), given.family, given.steps, given.resolution, given.frames, given.set)
     print(f"host memory (anonymous, without mapped files): {loading / 2**30:.2f} GiB until the first step, {peak / 2**30:.2f} GiB over all")
 
 

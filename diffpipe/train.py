@@ -228,10 +228,13 @@ class Trainer:
 
     def _check(self, norm: torch.Tensor, batch: Batch) -> None:
         if not torch.isfinite(norm):
+            fix = "train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16"
+            if self.config.model.attention == "cudnn":
+                fix = "train with --resume from the last checkpoint and model.attention: sdpa"
             raise DiffpipeError(
                 f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
-                where="optimizer.lr",
-                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16",
+                where="model.attention" if self.config.model.attention == "cudnn" else "optimizer.lr",
+                fix=fix,
             )
 
     def evaluate(self) -> None:

@@ -66,6 +66,11 @@ class ModelConfig(Section):
     trainable_dtype: DType = Field(
         default="float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept."
     )
+    attention: Literal["sdpa", "cudnn"] = Field(
+        default="sdpa",
+        description="Attention kernels: `sdpa` lets torch choose among flash, memory-efficient and plain ones; `cudnn` adds cuDNN's,"
+        " which are faster on Hopper cards, but whose gradients are not finite at some lengths.",
+    )
     guidance: float = Field(default=1.0, description="Guidance value given to models with a guidance embedding (Flux dev).")
 
 

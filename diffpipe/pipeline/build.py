@@ -27,6 +27,7 @@ LoadProgress = Callable[[int, int], None]  # bytes read, bytes to read
 
 def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgress = lambda done, total: None) -> Pipeline:
     """The pipeline of a config, this rank's weights read and on its device."""
+    choose_attention(config.model.attention)
     whole, spans = outline(config, model)
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
@@ -40,6 +41,15 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
         for unit in part.units:
             recompute(part.model.get_submodule(unit))
     return Pipeline(Stage(part, precision, mesh.device), mesh, probe)
+
+
+def choose_attention(kind: str) -> None:
+    """Let torch take cuDNN's attention kernels only for ``kind`` "cudnn".
+
+    It prefers them on Hopper, where their backward gave NaN from finite inputs at Flux's 4608 tokens (torch 2.11, H200);
+    others have seen the same at other lengths, up to torch 2.13 (pytorch/pytorch#196678).
+    """
+    torch.backends.cuda.enable_cudnn_sdp(kind == "cudnn")
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
