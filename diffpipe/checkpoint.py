@@ -50,7 +50,7 @@ def save(folder: Path, step: int, module: nn.Module, optimizer: Optimizer, state
         dcp.save(tensors, storage_writer=FileSystemWriter(aside))
     except (CheckpointException, OSError) as fault:
         raise CheckpointError(
-            f"the checkpoint of step {step} could not be written: {_first_line(fault)}",
+            f"the checkpoint of step {step} could not be written, {shutil.disk_usage(folder).free >> 20} MiB free: {_first_line(fault)}",
             where=str(folder),
             fix="free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact",
         ) from fault

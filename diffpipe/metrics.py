@@ -58,30 +58,34 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Several sinks as one."""
+    """Several sinks as one. One that cannot write (a full disk) is left out from then on, and the others tell of it:
+    training goes on without a record rather than ending for one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = sinks
+        self.sinks = list(sinks)
 
     def step(self, record: StepRecord) -> None:
-        for sink in self.sinks:
-            sink.step(record)
+        self._each(lambda sink: sink.step(record))
 
     def evaluation(self, record: EvalRecord) -> None:
-        for sink in self.sinks:
-            sink.evaluation(record)
+        self._each(lambda sink: sink.evaluation(record))
 
     def note(self, text: str) -> None:
-        for sink in self.sinks:
-            sink.note(text)
+        self._each(lambda sink: sink.note(text))
 
     def progress(self, task: str, done: int, total: int | None) -> None:
-        for sink in self.sinks:
-            sink.progress(task, done, total)
+        self._each(lambda sink: sink.progress(task, done, total))
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self._each(lambda sink: sink.close())
+
+    def _each(self, tell: Callable[[Sink], None]) -> None:
+        for sink in list(self.sinks):
+            try:
+                tell(sink)
+            except OSError as fault:
+                self.sinks.remove(sink)
+                self.note(f"{type(sink).__name__} records no more: {fault}")
 
 
 class TensorBoardSink:
@@ -192,7 +196,9 @@ class TextSink:
 
 def amount(task: str, count: int) -> str:
     """What is counted by a task: bytes when weights are loaded, else samples."""
-    return f"{count / GIB:.2f} GiB" if task == "load" else str(count)
+    if task != "load":
+        return str(count)
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
 
 
 def duration(seconds: float) -> str:

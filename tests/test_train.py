@@ -130,7 +130,7 @@ def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: Wo
     from diffpipe.models import make_model
     from diffpipe.models.lora import attach_lora, resolve_targets
     from diffpipe.toy import materialize
-    from tests.pipeline.test_cut import microbatch
+    from tests.families import microbatch
 
     more = {"mesh.stages": 2, "run.steps": 3, "adapter": "{rank: 4, alpha: 2}", "export.dtype": "float32", "optimizer.lr": 0.05}
     given = arguments(family, tmp_path / "run", **more)

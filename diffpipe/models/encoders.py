@@ -33,8 +33,11 @@ class Encoders:
 
 
 def diffusers_module() -> Any:
+    """diffusers, without its own loading bars between ours."""
     import diffusers
+    from diffusers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     return diffusers
 
 
@@ -71,7 +74,7 @@ def load_encoders(folder: Path, pipeline: str, dtype: torch.dtype, device: torch
         CheckpointError: when a component is missing or cannot be read.
     """
     try:
-        loaded = getattr(diffusers_module(), pipeline).from_pretrained(folder, transformer=None, torch_dtype=dtype, local_files_only=True)
+        loaded = getattr(diffusers_module(), pipeline).from_pretrained(folder, transformer=None, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         raise CheckpointError(f"the encoders in {folder} cannot be loaded: {str(fault).splitlines()[0]}", where="model.path") from fault
     loaded.set_progress_bar_config(disable=True)

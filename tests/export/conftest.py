@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import MakeConfig
 
 from diffpipe.config.schema import Config
 from diffpipe.models import MODELS
 from diffpipe.toy import materialize
+from tests.export.tiny import MakeConfig
 
 
 @pytest.fixture(scope="session")

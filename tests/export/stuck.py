@@ -9,13 +9,12 @@ import resource
 import sys
 from pathlib import Path
 
-from tiny import model_of, trained
-
 from diffpipe.config.schema import Config, MeshConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.run import export_weights
 from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.toy import materialize
+from tests.export.tiny import model_of, trained
 
 home = Path(sys.argv[1])
 config = materialize(

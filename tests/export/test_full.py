@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
-from tiny import MakeConfig, aligned, inputs_of, model_of, output_of, trained
 from torch import Tensor
 
 from diffpipe.checkpoint import save
@@ -23,8 +22,11 @@ from diffpipe.export.run import export_tensors, export_weights, write_folder
 from diffpipe.models.weights import convert, open_files, open_folder, open_single
 from diffpipe.optim import make_optimizer
 from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.pipeline.stage import sum_errors
 from diffpipe.run import CONFIG, dump
 from diffpipe.takeaway import export_run
+from tests.export.tiny import MakeConfig, aligned, model_of, output_of, trained
+from tests.families import microbatch
 
 
 def export(config: Config, tensors: dict[str, Tensor], folder: Path, *formats: str) -> list[Path]:
@@ -38,7 +40,7 @@ def test_a_folder_loads_with_from_pretrained_and_gives_the_trained_output(make_c
     (path,) = export(config, module.state_dict(), tmp_path, "diffusers")
     loaded = getattr(diffusers, model_of(config).denoiser).from_pretrained(path).eval()
     assert all(torch.equal(t, module.state_dict()[n]) for n, t in loaded.state_dict().items())
-    assert torch.equal(output_of(aligned(loaded), family), output_of(module, family))
+    assert torch.equal(output_of(aligned(loaded), model_of(config)), output_of(module, model_of(config)))
 
 
 def test_a_folder_in_several_files_loads_with_from_pretrained(make_config: MakeConfig, family: str, tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_diffusers_loads_a_wan_single_file(make_config: MakeConfig, tmp_path: Pa
     module = trained(config)
     (path,) = export(config, module.state_dict(), tmp_path, "comfyui")
     loaded = WanTransformer3DModel.from_single_file(str(path), config=config.model.path, subfolder="transformer").eval()
-    assert torch.equal(output_of(aligned(loaded), "wan"), output_of(module, "wan"))
+    assert torch.equal(output_of(aligned(loaded), model_of(config)), output_of(module, model_of(config)))
 
 
 def test_diffpipe_trains_on_from_its_own_wan_single_file(make_config: MakeConfig, tmp_path: Path) -> None:
@@ -167,7 +169,8 @@ def test_an_export_from_a_checkpoint_is_the_export_while_training(
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(adapter is None or ".lora_" in name)
     optimizer = make_optimizer(config.optimizer, module.named_parameters())
-    module(**inputs_of(family), return_dict=False)[0].square().mean().backward()
+    inputs, targets = microbatch(model_of(config))
+    sum_errors(module(**inputs, return_dict=False), targets).backward()
     optimizer.step()
     run = tmp_path / "run"
     with open_mesh(MeshConfig()) as mesh:

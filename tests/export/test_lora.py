@@ -10,7 +10,6 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import MakeConfig, model_of, output_of, trained
 from torch import Tensor
 
 from diffpipe.config.schema import Config
@@ -19,6 +18,7 @@ from diffpipe.export.names import original_names, rename, rename_lora
 from diffpipe.export.run import export_tensors
 from diffpipe.models.lora import lora_tensors
 from diffpipe.models.weights import Lazy, open_files
+from tests.export.tiny import MakeConfig, model_of, output_of, trained
 
 ADAPTER = {"rank": 4, "alpha": 6.0}
 
@@ -50,10 +50,10 @@ def test_a_lora_loads_in_the_real_pipeline_and_gives_the_trained_output(
     module = trained(config)
     (path,) = export(config, lora_tensors(module), tmp_path, kind)
     pipeline = getattr(diffusers, model_of(config).pipeline).from_pretrained(config.model.path)
-    bare = output_of(pipeline.transformer.eval(), family)
+    bare = output_of(pipeline.transformer.eval(), model_of(config))
     pipeline.load_lora_weights(path)
-    assert (output_of(pipeline.transformer, family) - bare).abs().max() > 0.01
-    torch.testing.assert_close(output_of(pipeline.transformer, family), output_of(module, family), rtol=1e-5, atol=1e-5)
+    assert (output_of(pipeline.transformer, model_of(config)) - bare).abs().max() > 0.01
+    torch.testing.assert_close(output_of(pipeline.transformer, model_of(config)), output_of(module, model_of(config)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_lora_under_original_names_changes_each_original_weight_as_the_trained_layers_do(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from diffpipe.config.schema import Config
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.lora import attach_lora, init_lora, is_lora, resolve_targets
+from tests.families import frames_of, microbatch
 
 MakeConfig = Callable[..., Config]
 
@@ -38,31 +38,10 @@ def trained(config: Config) -> nn.Module:
     return module.eval()
 
 
-def inputs_of(family: str) -> dict[str, Any]:
-    """Keyword inputs of the tiny denoiser's forward."""
-    g = torch.Generator().manual_seed(2)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g)
-
-    if family == "wan":
-        return {"hidden_states": draw(1, 4, 2, 4, 4), "timestep": torch.tensor([300.0]), "encoder_hidden_states": draw(1, 16, 32)}
-    ids = torch.zeros(16, 3)
-    ids[:, 2] = torch.arange(16)
-    return {
-        "hidden_states": draw(1, 16, 16),
-        "encoder_hidden_states": draw(1, 16, 32),
-        "pooled_projections": draw(1, 32),
-        "timestep": torch.tensor([0.3]),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(16, 3),
-        "guidance": torch.ones(1),
-    }
-
-
 @torch.no_grad()
-def output_of(module: nn.Module, family: str) -> Tensor:
-    return module(**inputs_of(family), return_dict=False)[0]
+def output_of(module: nn.Module, model: DiffusionModel) -> Tensor:
+    inputs, _ = microbatch(model, frames=frames_of(model))
+    return module(**inputs, return_dict=False)[0]
 
 
 def aligned(module: nn.Module) -> nn.Module:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
-from diffpipe.flow import Key
 from diffpipe.models import MODELS, make_model
 from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.models.lora import attach_lora, init_lora, resolve_targets
 from diffpipe.pipeline.cut import Fakes, Part, Probe, expand
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.stage import sum_errors
+from tests.families import filled, frames_of, microbatch
 
 CPU = torch.device("cpu")
 
@@ -34,26 +34,6 @@ def whole_of(model: DiffusionModel, lora: bool) -> nn.Module:
     if lora:
         attach_lora(module, resolve_targets(model, module, adapter), adapter, torch.float32)
     return module if lora else module.requires_grad_(True)
-
-
-def filled(module: nn.Module) -> nn.Module:
-    """The module with every weight drawn, none zero, so that no gradient is blocked."""
-    generator = torch.Generator().manual_seed(0)
-    for owner in module.modules():
-        for name, p in owner._parameters.items():
-            if p is not None:
-                owner._parameters[name] = nn.Parameter(torch.randn(p.shape, generator=generator) * 0.1, requires_grad=p.requires_grad)
-    return module
-
-
-def microbatch(model: DiffusionModel) -> tuple[dict, list]:
-    width = model.denoiser_config
-    if model.geometry.fps:
-        batch = {"latents": torch.randn(2, width["in_channels"], 3, 4, 6), "text": torch.randn(2, 7, width["text_dim"])}
-    else:
-        text = {"text": torch.randn(2, 7, width["joint_attention_dim"]), "pooled": torch.randn(2, width["pooled_projection_dim"])}
-        batch = {"latents": torch.randn(2, width["in_channels"] // 4, 4, 6), **text}
-    return model.prepare(batch, [Key(0, 0, i, 0) for i in range(2)])
 
 
 def cuts_of(count: int) -> list[list[int]]:
@@ -87,7 +67,7 @@ def run_parts(parts: list[Part], inputs: dict, targets: list) -> tuple[Tensor, T
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionModel, lora: bool) -> None:
     whole = filled(whole_of(model, lora))
-    inputs, targets = microbatch(model)
+    inputs, targets = microbatch(model, frames=frames_of(model))
     output = whole(**inputs, return_dict=False)[0]
     loss = sum_errors((output,), targets)
     loss.backward()
@@ -103,7 +83,7 @@ def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionMod
 
 
 def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: DiffusionModel) -> None:
-    inputs, targets = microbatch(model)
+    inputs, targets = microbatch(model, frames=frames_of(model))
     for lora in (False, True):
         whole = whole_of(model, lora)
         count = len(expand(whole, model.spec.units))
@@ -133,7 +113,7 @@ def test_parameter_names_are_those_of_diffusers(model: DiffusionModel) -> None:
 
 def test_dropping_a_carried_module_from_the_spec_changes_the_output(model: DiffusionModel) -> None:
     whole = filled(whole_of(model, False))
-    inputs, _ = microbatch(model)
+    inputs, _ = microbatch(model, frames=frames_of(model))
     output = whole(**inputs, return_dict=False)[0]
     for dropped in model.spec.carry:
         spec = StageSpec(model.spec.units, tuple(c for c in model.spec.carry if c != dropped), model.spec.replicate, model.spec.post)
@@ -146,7 +126,7 @@ def test_dropping_a_carried_module_from_the_spec_changes_the_output(model: Diffu
 
 
 def test_recompute_changes_no_number(model: DiffusionModel) -> None:
-    inputs, targets = microbatch(model)
+    inputs, targets = microbatch(model, frames=frames_of(model))
     results = []
     for wrap in (False, True):
         part = Part(filled(whole_of(model, True)), model.spec, 0, len(expand(model.load_denoiser(), model.spec.units)), Fakes(CPU))

@@ -1,0 +1,76 @@
+"""Trains a few steps of changing shapes on a mesh, and compares loss and gradients with the whole model's.
+
+    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS TOYS
+
+Prints a line a case on the reporter; ends with a fault where they differ.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffpipe.config.schema import Config, MeshConfig
+from diffpipe.models import MODELS, make_model
+from diffpipe.pipeline.build import build, outline
+from diffpipe.pipeline.mesh import Mesh, open_mesh
+from diffpipe.pipeline.stage import sum_errors
+from tests.families import drawn, frames_of, microbatch, with_weights
+
+MICROBATCHES = 3
+
+
+def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, toys: Path) -> None:
+    config = Config.model_validate(
+        {
+            "run": {"steps": 1},
+            "mesh": {"stages": mesh.stages, "replicate": mesh.replicas},
+            "model": {"family": family, "path": str(toys / family), "dtype": "float32"},
+            "adapter": adapter,
+            "data": {"folders": [{"path": "unused"}]},
+        }
+    )
+    model = make_model(config.model, config.objective)
+    pipeline = build(config, model, mesh)
+    part = pipeline.stage.part.model
+    for name, p in part.named_parameters():
+        if p.requires_grad and adapter is not None:
+            p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
+    whole, _ = outline(config.model_copy(update={"mesh": config.mesh.model_copy(update={"stages": 1})}), model)
+    with_weights(whole, model)
+    shapes = [{"rows": 2, "columns": 3}, {"rows": 3, "columns": 2, "frames": frames_of(model)}, {"rows": 2, "columns": 2}]
+    for step, shape in enumerate(shapes):
+        every = [microbatch(model, seed=10 * step + i, count=1, **shape) for i in range(MICROBATCHES * mesh.replicas)]
+        share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
+        gradients = {n: p.grad for n, p in part.named_parameters() if p.grad is not None}
+        mesh.mean_over_replicas(list(gradients.values()))
+        norm = mesh.gradient_norm(list(gradients.values()))
+        loss = mesh.sum(share.item())[0] / mesh.replicas
+        total = torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
+        total.backward()
+        expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+        torch.testing.assert_close(torch.tensor(loss), total.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm(), rtol=1e-4, atol=1e-6)
+        own = {n for n, p in part.named_parameters() if p.requires_grad and n in expected}
+        assert gradients.keys() == own, sorted(gradients.keys() ^ own)[:4]
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{family} {n}: {m}")
+        part.zero_grad()
+        whole.zero_grad()
+    if mesh.reporter:
+        print(f"same: {family} {'lora' if adapter else 'full'}", flush=True)
+
+
+def main() -> None:
+    stages, replicas = int(sys.argv[1]), int(sys.argv[2])
+    with open_mesh(MeshConfig(stages=stages, replicate=replicas)) as opened:
+        for family in sorted(MODELS):
+            for adapter in (None, {"rank": 4}):
+                compare(family, adapter, opened, Path(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()
