@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from diffpipe.export.files import write_safetensors  # noqa: E402
 from diffpipe.models.weights import Lazy  # noqa: E402
-from diffpipe.toy.checkpoints import make_clip_tokenizer, make_t5_tokenizer  # noqa: E402
 from diffpipe.toy.media import SHAPES, draw, write_clip  # noqa: E402
+from diffpipe.toy.tiny import make_clip_tokenizer, make_t5_tokenizer  # noqa: E402
 
 
 def text_encoder(kind: str, width: int, vocabulary: int) -> nn.Module:

@@ -159,7 +159,9 @@ def _place(clips: Sequence[Clip], config: Config, model: DiffusionModel) -> tupl
             for bucket in buckets.place(clip.info):
                 rate = f" start at {model.geometry.fps:g} fps" if clip.info.kind == "video" else ""
                 media = key_of("media", clip.digest, f"{bucket} centre{rate} pixels {PIXELS}", seen_by)
-                entries.append(Sample(clip.path, clip.caption, bucket, clip.repeats, media, key_of("text", clip.caption, said_by)))
+                text = key_of("text", clip.caption, said_by)
+                source = (clip.info.height, clip.info.width)
+                entries.append(Sample(clip.path, clip.caption, bucket, clip.repeats, media, text, source))
         except MediaError as fault:
             dropped.append(Dropped.of(clip.path, fault))
     return entries, dropped

@@ -14,8 +14,8 @@ from diffpipe.config.schema import ExportFormat
 from diffpipe.errors import CheckpointError, ConfigError
 from diffpipe.export.run import export_tensors
 from diffpipe.models import make_model
-from diffpipe.models.lora import plain_name
-from diffpipe.models.weights import Lazy
+from diffpipe.models.adapters import plain_name
+from diffpipe.models.weights import lazily
 from diffpipe.run import CONFIG
 
 
@@ -45,7 +45,7 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
             expected=f"one of {sorted(checkpoints)}",
         )
     chosen = max(checkpoints) if step is None else step
-    weights = {plain_name(name): Lazy(t.to("meta"), lambda t=t: t) for name, t in read_weights(checkpoints[chosen]).items()}
+    weights = {plain_name(name): lazily(t.shape, t.dtype, lambda t=t: t) for name, t in read_weights(checkpoints[chosen]).items()}
     return export_tensors(
         config, make_model(config.model, config.objective), weights, output or run / "exports" / f"step-{chosen:08d}", formats
     )

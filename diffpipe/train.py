@@ -51,7 +51,8 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
         sinks = open_sinks(run, mesh, make_sinks)
         try:
             model = make_model(config.model, config.objective)
-            check_formats(model, config.export.formats)
+            model.weights()
+            check_formats(config, model)
             samples, held_out = open_data(config, model, mesh, sinks)
             torch.manual_seed(config.run.seed + mesh.rank)
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress("load", done, total))
@@ -132,7 +133,6 @@ class Trainer:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out = held_out
         self.module: nn.Module = pipeline.stage.part.model
-        self.trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
@@ -183,9 +183,9 @@ class Trainer:
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
         share = self.pipeline.train(batch.microbatches)
         ran = self._now()
-        gradients = [p.grad for p in self.trained if p.grad is not None]
+        gradients, counted = self.pipeline.gradients()
         self.mesh.mean_over_replicas(gradients)
-        norm = self.mesh.gradient_norm(gradients)
+        norm = self.mesh.gradient_norm(counted)
         self._check(norm, batch)
         if self.config.optimizer.clip is not None:
             torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None

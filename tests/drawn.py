@@ -93,9 +93,6 @@ class Pool(DiffusionModel):
     def identity(self, part: str) -> str:
         return f"pool {part} 1"
 
-    def single_file_config(self, shapes: Any) -> dict[str, Any]:
-        raise NotImplementedError("it has no denoiser")
-
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"]
         e, t = noise(keys, clean.shape[1:]), timesteps(keys, self.objective, clean[0, 0].numel())

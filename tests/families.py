@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffpipe.flow import Key
+from diffpipe.models.adapters import base_name, is_adapter
 from diffpipe.models.base import DiffusionModel, Targets
-from diffpipe.models.lora import base_name, is_lora
 
 CAPTIONS = ("a red circle on a blue background", "a square", "a green triangle moving left on a white background")
 CPU = torch.device("cpu")
@@ -68,6 +68,6 @@ def with_weights(module: nn.Module, model: DiffusionModel) -> nn.Module:
         for leaf, p in owner._parameters.items():
             if p is not None:
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                value = drawn(name, p.shape) if is_lora(name) else source.read(base_name(name), torch.float32)
+                value = drawn(name, p.shape) if is_adapter(name) else source.read(base_name(name), torch.float32)
                 owner._parameters[leaf] = nn.Parameter(value, requires_grad=p.requires_grad)
     return module

@@ -17,7 +17,7 @@ import torch
 
 from diffpipe.config.schema import Config, FolderConfig
 from diffpipe.data.buckets import Bucket
-from diffpipe.data.dataset import Samples
+from diffpipe.data.dataset import Samples, stack
 from diffpipe.encode import EncodeProgress, Report, prepare_data
 from diffpipe.errors import DiffpipeError, MediaError
 from diffpipe.models.base import DiffusionModel
@@ -63,7 +63,7 @@ def test_images_and_videos_become_samples_of_one_run(tmp_path: Path, media: Path
     assert [b.frames for b in samples.buckets] == [1, 1, 1, 1, 17, 33]
     assert samples[5]["latents"].shape[:2] == (3, 9)
     assert samples[1]["text"][0] == ord("a")
-    batch = samples.stack([0, 3])
+    batch = stack([samples[0], samples[3]])
     assert batch["latents"].shape[0] == batch["text"].shape[0] == 2
     assert (report.files, report.samples, report.encoded, report.reused) == (6, 6, 6 + 5, 0)
 

@@ -128,7 +128,7 @@ def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: Wo
 
     from diffpipe.config.load import load_config
     from diffpipe.models import make_model
-    from diffpipe.models.lora import attach_lora, resolve_targets
+    from diffpipe.models.adapters import attach, resolve_targets
     from diffpipe.toy import materialize
     from tests.families import microbatch
 
@@ -140,7 +140,7 @@ def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: Wo
     model = make_model(config.model, config.objective)
     trained = model.load_denoiser()
     assert config.adapter is not None
-    attach_lora(trained, resolve_targets(model, trained, config.adapter), config.adapter, torch.float32)
+    attach(trained, resolve_targets(model, trained, config.adapter), config.adapter, torch.float32)
     trained.load_state_dict({**_base(model, trained), **last_weights(tmp_path / "run")}, assign=True)
     inputs, _ = microbatch(model)
     trained.eval()
@@ -157,10 +157,10 @@ def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: Wo
 
 
 def _base(model, module) -> dict[str, Tensor]:
-    from diffpipe.models.lora import base_name, is_lora
+    from diffpipe.models.adapters import base_name, is_adapter
 
     source = model.weights()
-    return {n: source.read(base_name(n)) for n in module.state_dict() if not is_lora(n)}
+    return {n: source.read(base_name(n)) for n in module.state_dict() if not is_adapter(n)}
 
 
 @pytest.mark.parametrize(

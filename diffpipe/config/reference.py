@@ -22,6 +22,9 @@ EXAMPLES: dict[str, Any] = {
     "eval.sets.name": "held-out",
     "eval.sets.folders.path": "data/held-out",
     "optimizer.groups.match": "norm",
+    "model.files": {"transformer": "models/flux1-dev.safetensors"},
+    "model.merge.path": "loras/style.safetensors",
+    "adapter.ranks": {"attn": 32},
 }
 WIDTH = 110
 
@@ -86,6 +89,6 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _flow(value: Any) -> str:
-    plain = value if isinstance(value, str | int | float | bool | list | None) else str(value)
+    plain = value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
     text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).strip()
     return text.removesuffix("...").strip()

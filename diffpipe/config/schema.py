@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
-ExportFormat = Literal["diffusers", "comfyui"]
+ExportFormat = Literal["diffusers", "comfyui", "kohya"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -56,12 +56,24 @@ class BatchConfig(Section):
     )
 
 
+class MergeConfig(Section):
+    path: Path = Field(description="LoRA file (diffusers, ComfyUI or kohya keys).")
+    weight: float = Field(default=1.0, description="What its update is multiplied by.")
+
+
 class ModelConfig(Section):
     family: str = Field(description="Model family; `diffpipe models` lists them.")
-    path: str = Field(description="Diffusers folder of the whole pipeline (encoders, VAE, configs), or `toy:NAME` for a tiny random one.")
-    transformer: Path | None = Field(
-        default=None, description="Single-file checkpoint (original or ComfyUI names) to take the denoiser from instead of `path`."
+    path: str | None = Field(
+        default=None,
+        description="Diffusers folder of the whole pipeline, one file that holds several components, `hf:OWNER/NAME@REVISION` for a"
+        " repository of the Hugging Face hub, or `toy:NAME` for a tiny random model; null takes every component from `files`.",
     )
+    files: dict[str, Path] = Field(
+        default_factory=dict,
+        description="Files or folders of single components (original, ComfyUI or diffusers tensor names), by diffusers' name of the"
+        " component: the denoiser (transformer, or unet for SDXL), vae, text_encoder, text_encoder_2, image_encoder, tokenizer ...",
+    )
+    merge: list[MergeConfig] = Field(default_factory=list, description="LoRAs added to the denoiser's weights before training.")
     dtype: DType = Field(default="bfloat16", description="Type of computation, and of weights that are not trained.")
     trainable_dtype: DType = Field(
         default="float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept."
@@ -71,12 +83,18 @@ class ModelConfig(Section):
         description="Attention kernels: `sdpa` lets torch choose among flash, memory-efficient and plain ones; `cudnn` adds cuDNN's,"
         " which are faster on Hopper cards, but whose gradients are not finite at some lengths.",
     )
-    guidance: float = Field(default=1.0, description="Guidance value given to models with a guidance embedding (Flux dev).")
+    guidance: float = Field(default=1.0, description="Guidance value given to models with a guidance embedding (Flux dev, HunyuanVideo).")
+    train_text_encoders: bool = Field(
+        default=False,
+        description="Train the text encoders too (SDXL); `optimizer.groups` that match `^text_encoder` give them rates of their own.",
+    )
 
 
 class ObjectiveConfig(Section):
-    timesteps: Literal["logit_normal", "uniform"] = Field(
-        default="logit_normal", description="Distribution that timesteps t in [0, 1] are drawn from; 1 is pure noise."
+    timesteps: Literal["logit_normal", "uniform"] | None = Field(
+        default=None,
+        description="Distribution that timesteps t in [0, 1] are drawn from; 1 is pure noise. null takes the family's own: uniform for"
+        " SDXL, logit_normal for the others.",
     )
     scale: float = Field(default=1.0, gt=0, description="Spread of the logit-normal: t = sigmoid(scale * z), z ~ N(0, 1).")
     shift: float | Literal["resolution"] | None = Field(
@@ -85,6 +103,16 @@ class ObjectiveConfig(Section):
     )
     min_t: Fraction = Field(default=0.0, description="Smallest t trained (after the shift).")
     max_t: Fraction = Field(default=1.0, description="Largest t trained (after the shift).")
+    loss: Literal["mse", "huber", "smooth_l1"] = Field(default="mse", description="Loss of one element, as torch.nn.functional defines it.")
+    delta: float = Field(default=1.0, gt=0, description="Where `huber` and `smooth_l1` turn from square to linear.")
+    prediction: Literal["epsilon", "v"] | None = Field(
+        default=None, description="What an SDXL model predicts: noise, or velocity; null is epsilon."
+    )
+    zero_terminal_snr: bool | None = Field(
+        default=None, description="Rescale SDXL's noise schedule so that its last step is pure noise; null does for prediction v."
+    )
+    min_snr: float | None = Field(default=None, gt=0, description="Gamma of min-SNR loss weights (SDXL); null does not weight.")
+    debiased: bool = Field(default=False, description="Debiased-estimation loss weights (SDXL).")
 
     @model_validator(mode="after")
     def _sane(self) -> ObjectiveConfig:
@@ -96,15 +124,24 @@ class ObjectiveConfig(Section):
 
 
 class AdapterConfig(Section):
-    kind: Literal["lora"] = Field(default="lora", description="Kind of adapter.")
+    kind: Literal["lora", "dora", "lokr"] = Field(
+        default="lora",
+        description="Low-rank pairs; those with a trained magnitude for each output (dora); or Kronecker products (lokr).",
+    )
     rank: Positive = Field(default=16, description="Rank of each low-rank pair.")
+    ranks: dict[str, Positive] = Field(
+        default_factory=dict, description="Regular expressions searched in module names, with a rank for what they match; the first wins."
+    )
     alpha: float | None = Field(default=None, gt=0, description="Scale numerator: the update is alpha/rank * B A; null means alpha = rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    decompose_factor: int = Field(
+        default=-1, description="LoKr: the size of the smaller Kronecker factor's sides; -1 makes both factors as equal as can be."
+    )
     targets: list[str] | None = Field(
         default=None, description="Regular expressions searched in module names; null adapts every linear layer in the model's blocks."
     )
     exclude: list[str] = Field(default_factory=list, description="Regular expressions of module names never adapted.")
-    init: Path | None = Field(default=None, description="LoRA file to start from (diffusers or ComfyUI keys).")
+    init: Path | None = Field(default=None, description="Adapter file to start from (diffusers, ComfyUI or kohya keys).")
 
 
 class GroupConfig(Section):
@@ -204,7 +241,7 @@ class ExportConfig(Section):
     formats: list[ExportFormat] = Field(
         default_factory=lambda: ["diffusers"],
         min_length=1,
-        description="`diffusers` names, or `comfyui` (the original checkpoint's names).",
+        description="Names of `diffusers`, of `comfyui` (the original checkpoint's), or of `kohya` (adapters only).",
     )
     dtype: DType | None = Field(default=None, description="Type of exported weights; null keeps model.dtype.")
 

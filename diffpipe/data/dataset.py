@@ -19,6 +19,7 @@ class Sample:
     Attributes:
         media, text: keys into the cache.
         repeats: times an epoch shows it.
+        source: (height, width) of the file's picture, seen upright.
     """
 
     path: Path
@@ -27,6 +28,7 @@ class Sample:
     repeats: int
     media: str
     text: str
+    source: tuple[int, int] = (0, 0)
 
 
 class Samples:
@@ -39,14 +41,10 @@ class Samples:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The cached tensors of a sample, mapped from disk."""
+        """The cached tensors of a sample, mapped from disk, and ``framing``: height and width of the picture as it was, top
+        and left of the crop in the picture as it was scaled, height and width of the bucket; 6 float32, in pixels."""
         entry = self.entries[index]
-        return {**self._cache[entry.media], **self._cache[entry.text]}
-
-    def stack(self, indices: list[int]) -> dict[str, Tensor]:
-        """A microbatch: each tensor with a first dim B."""
-        rows = [self[i] for i in indices]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {**self._cache[entry.media], **self._cache[entry.text], "framing": _framing(entry)}
 
     @property
     def buckets(self) -> list[Bucket]:
@@ -55,3 +53,16 @@ class Samples:
     @property
     def repeats(self) -> list[int]:
         return [e.repeats for e in self.entries]
+
+
+def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Samples as a microbatch: each tensor with a first dim B."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _framing(entry: Sample) -> Tensor:
+    height, width = entry.source
+    size = (entry.bucket.height, entry.bucket.width)
+    scale = max(size[0] / height, size[1] / width) if height and width else 1.0
+    crop = (max(0.0, (height * scale - size[0]) / 2), max(0.0, (width * scale - size[1]) / 2))
+    return torch.tensor([height, width, *(round(c) for c in crop), *size], dtype=torch.float32)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from diffpipe.data.buckets import Bucket
-from diffpipe.data.dataset import Samples
+from diffpipe.data.dataset import Samples, stack
 from diffpipe.data.sampler import Step, StepSampler
 from diffpipe.flow import Key
 from diffpipe.models.base import DiffusionModel, Targets
@@ -49,11 +49,8 @@ class Steps(Dataset[Batch]):
         self._samples, self._model, self._micro, self._seed = samples, model, micro, seed
 
     def __getitem__(self, step: Step) -> Batch:
-        microbatches = []
-        for i in range(0, len(step.examples), self._micro):
-            examples = step.examples[i : i + self._micro]
-            keys = [Key(self._seed, e.epoch, e.sample, e.repeat) for e in examples]
-            microbatches.append(self._model.prepare(self._samples.stack([e.sample for e in examples]), keys))
+        keys = [Key(self._seed, e.epoch, e.sample, e.repeat) for e in step.examples]
+        microbatches = _prepare(self._samples, self._model, [e.sample for e in step.examples], keys, self._micro)
         return Batch(microbatches, step.bucket, step.epoch, [e.sample for e in step.examples], step.epoch_ends)
 
 
@@ -144,12 +141,15 @@ def eval_batches(
     ]
     for quantile in quantiles:
         for bucket, members in groups[replica::replicas]:
-            microbatches = []
-            for i in range(0, len(members), micro):
-                chosen = members[i : i + micro]
-                keys = [Key(seed, 0, s, 0, quantile) for s in chosen]
-                microbatches.append(model.prepare(samples.stack(chosen), keys))
+            keys = [Key(seed, 0, s, 0, quantile) for s in members]
+            microbatches = _prepare(samples, model, members, keys, micro)
             yield Batch(microbatches, bucket, 0, members, False, quantile)
+
+
+def _prepare(samples: Samples, model: DiffusionModel, chosen: Sequence[int], keys: Sequence[Key], micro: int) -> list[Microbatch]:
+    """A step's microbatches; what the family pads, it pads to the step's longest, since its payloads have one shape."""
+    rows = model.align([samples[i] for i in chosen])
+    return [model.prepare(stack(rows[i : i + micro]), keys[i : i + micro]) for i in range(0, len(rows), micro)]
 
 
 class _Once:

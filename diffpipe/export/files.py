@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffpipe.errors import DiffpipeError
-from diffpipe.models.weights import DTYPES, Lazy, realise
+from diffpipe.models.weights import DTYPES, lazily, realise
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -60,8 +60,7 @@ def cast(tensors: Mapping[str, Tensor], kind_of: Callable[[str], torch.dtype]) -
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         kind = kind_of(name) if tensor.is_floating_point() else tensor.dtype
-        shape = torch.empty(tensor.shape, dtype=kind, device="meta")
-        lazy = Lazy(shape, lambda tensor=tensor, kind=kind: realise(tensor).detach().to(kind))
+        lazy = lazily(tensor.shape, kind, lambda tensor=tensor, kind=kind: realise(tensor).detach().to(kind))
         result[name] = tensor if tensor.dtype == kind else lazy
     return result
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from diffpipe import __version__
-from diffpipe.config.schema import AdapterConfig, Config
-from diffpipe.errors import DiffpipeError
+from diffpipe.config.schema import Config
+from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.export.files import cast, write_json, write_safetensors
-from diffpipe.export.names import original_names, rename, rename_lora
+from diffpipe.models.adapter_files import joined_layers, name_adapter
+from diffpipe.models.adapters import adapter_tensors, folded, resolve_targets
 from diffpipe.models.base import DiffusionModel
-from diffpipe.models.lora import lora_tensors
+from diffpipe.models.names import to_original
 from diffpipe.models.weights import open_files
 from diffpipe.pipeline.mesh import Mesh
 
@@ -41,7 +42,7 @@ def export_weights(
     fault: DiffpipeError | None = None
     if mesh.replica == 0:
         # Whole weights are rounded here, once; adapters stay as they are until alpha is folded in.
-        held = lora_tensors(module) if config.adapter is not None else cast(module.state_dict(), kinds(config, model))
+        held = adapter_tensors(module) if config.adapter is not None else cast(module.state_dict(), kinds(config, model))
         try:
             write_safetensors(files[mesh.stage], held, {})
         except DiffpipeError as failed:
@@ -63,37 +64,42 @@ def export_tensors(
     """Write trained weights into ``folder`` in each format.
 
     Args:
-        tensors: adapters by ``<layer>.lora_A.weight``, or full weights by diffusers name; what a full fine-tune
+        tensors: adapters by plain name (``<layer>.lora_A.weight``), or full weights by diffusers name; what a full fine-tune
             left frozen may be missing and is taken from the base.
 
     Raises:
         DiffpipeError: when a file cannot be written.
     """
-    shapes = {name: tuple(p.shape) for name, p in model.load_denoiser().state_dict().items()}
     if config.adapter is not None:
-        return [_lora(config, model, tensors, shapes, folder, kind) for kind in formats]
+        inside = folded(tensors, config.adapter)
+        about = metadata(config, model)
+        return [
+            write_adapter(inside, model, kind, folder / f"{model.name}-{config.adapter.kind}-{kind}.safetensors", _dtype(config), about)
+            for kind in formats
+        ]
     base = model.weights().tensors
-    whole = cast({name: tensors[name] if name in tensors else base[name] for name in shapes}, kinds(config, model))
+    whole = cast({name: tensors[name] if name in tensors else base[name] for name in model.shapes()}, kinds(config, model))
     paths: list[Path] = []
     for kind in formats:
+        about = {**metadata(config, model), "diffpipe.format": kind}
         if kind == "comfyui":
-            named = rename(whole, original_names(model.denoiser, shapes))
-            paths.append(write_safetensors(folder / f"{model.name}-comfyui.safetensors", named, metadata(config, kind)))
+            named = to_original(whole, model.original_names())
+            paths.append(write_safetensors(folder / f"{model.name}-comfyui.safetensors", named, about))
         else:
-            paths.append(write_folder(folder / "transformer", whole, model, metadata(config, kind)))
+            paths.append(write_folder(folder / model.component, whole, model, about))
     return paths
 
 
-def _lora(
-    config: Config, model: DiffusionModel, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path, kind: str
+def write_adapter(
+    tensors: Mapping[str, Tensor], model: DiffusionModel, kind: str, path: Path, dtype: torch.dtype, about: Mapping[str, str]
 ) -> Path:
-    assert config.adapter is not None
-    named = fold_alpha(tensors, config.adapter)
-    if kind == "comfyui":
-        named = rename_lora(named, original_names(model.denoiser, shapes), {n: s[0] for n, s in shapes.items() if s})
-    prefix = "diffusion_model" if kind == "comfyui" else "transformer"
-    named = cast({f"{prefix}.{n}": t for n, t in named.items()}, lambda _: _dtype(config))
-    return write_safetensors(folder / f"{model.name}-lora-{kind}.safetensors", named, metadata(config, kind))
+    """Write adapters by plain name, alpha inside, under the names of a format.
+
+    Raises:
+        DiffpipeError: when the format cannot hold them, or the file cannot be written.
+    """
+    named = cast(name_adapter(tensors, model, kind), lambda _: dtype)
+    return write_safetensors(path, named, {**about, "diffpipe.format": kind})
 
 
 def _dtype(config: Config) -> torch.dtype:
@@ -104,12 +110,6 @@ def kinds(config: Config, model: DiffusionModel) -> Callable[[str], torch.dtype]
     """What type a whole weight is exported in: the config's, or float32 where the diffusers class keeps that on loading."""
     insists = set(model.denoiser_class()._keep_in_fp32_modules or [])
     return lambda name: torch.float32 if insists & set(name.split(".")) else _dtype(config)
-
-
-def fold_alpha(tensors: Mapping[str, Tensor], adapter: AdapterConfig) -> dict[str, Tensor]:
-    """Adapters whose B is multiplied by alpha / rank: readers that know no alpha take it to be the rank."""
-    scale = (adapter.alpha or adapter.rank) / adapter.rank
-    return {n: t * scale if scale != 1 and n.endswith(".lora_B.weight") else t for n, t in tensors.items()}
 
 
 def write_folder(
@@ -155,17 +155,16 @@ def write_folder(
     return folder
 
 
-def metadata(config: Config, kind: str) -> dict[str, str]:
+def metadata(config: Config, model: DiffusionModel) -> dict[str, str]:
     """What the header of an exported file says about where it comes from."""
     about: dict[str, Any] = {
         "diffpipe.version": __version__,
-        "diffpipe.format": kind,
         "diffpipe.family": config.model.family,
-        "diffpipe.base": str(config.model.transformer or config.model.path),
+        "diffpipe.base": config.model.files.get(model.component) or config.model.path,
         "diffpipe.config_hash": config_hash(config),
     }
     if config.adapter is not None:
-        # alpha / rank is inside lora_B, so for a reader alpha is the rank.
+        # alpha / rank is inside the factors, so for a reader alpha is the rank.
         about |= {"diffpipe.rank": config.adapter.rank, "diffpipe.alpha": config.adapter.alpha or config.adapter.rank}
     return {k: str(v) for k, v in about.items()}
 
@@ -174,11 +173,23 @@ def config_hash(config: Config) -> str:
     return hashlib.blake2b(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def check_formats(model: DiffusionModel, formats: Sequence[str]) -> None:
+def check_formats(config: Config, model: DiffusionModel) -> None:
     """Find out before training, not after it, that a format cannot be written.
 
     Raises:
-        DiffpipeError: when a parameter has no original name.
+        DiffpipeError: when a parameter has no original name, or the format cannot hold what is trained.
     """
-    if "comfyui" in formats:
-        original_names(model.denoiser, model.load_denoiser().state_dict())
+    formats = config.export.formats
+    if config.adapter is None:
+        if "kohya" in formats:
+            raise ConfigError("kohya names are for adapters", where="export.formats", expected="diffusers or comfyui for whole weights")
+    elif config.adapter.kind == "lokr" and {"comfyui", "kohya"} & set(formats):
+        module = model.load_denoiser()
+        if joined := joined_layers(model, resolve_targets(model, module, config.adapter)):
+            raise ConfigError(
+                f"the original format joins {joined[0]} with other layers, which a LoKr cannot follow",
+                where="export.formats",
+                fix="export as diffusers, take adapter.kind lora, or take such layers out with adapter.exclude",
+            )
+    if {"comfyui", "kohya"} & set(formats):
+        model.original_names()

@@ -1,18 +1,25 @@
-"""The frozen half of a pipeline: VAE and text encoders of a diffusers folder, and what identifies them."""
+"""The frozen half of a pipeline: VAE and text encoders, loaded from a folder or a file, and what identifies them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffpipe.errors import CheckpointError
+from diffpipe.models.blueprint import CONFIGS, Blueprint, Component
+from diffpipe.models.converters import to_library_names
+from diffpipe.models.weights import open_file, realise, unscale
 
-PARTS = {"media": ("vae",), "text": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")}
+ROLES = {"media": ("vae", "image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
 
 
 @dataclass
@@ -20,7 +27,7 @@ class Encoders:
     """What turns media and captions into tensors.
 
     Attributes:
-        pipeline: the diffusers pipeline without its transformer; its own ``encode_prompt`` encodes text.
+        pipeline: the diffusers pipeline without its denoiser; its own ``encode_prompt`` encodes text.
         device: where the encoders are.
     """
 
@@ -41,63 +48,166 @@ def diffusers_module() -> Any:
     return diffusers
 
 
-def check_folder(folder: Path, denoiser: str) -> Path:
-    """The folder, when it is a diffusers pipeline whose transformer is a ``denoiser``.
-
-    Raises:
-        CheckpointError: when it is not.
-    """
-    if not (folder / "model_index.json").is_file():
-        found = "a folder without model_index.json" if folder.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{folder}: {found}",
-            where="model.path",
-            expected="a model in the diffusers folder format (model_index.json, transformer/, vae/, text_encoder/ ...)",
-            fix="download the model's diffusers repository, and name its folder; a single file goes to model.transformer beside it",
-        )
-    config = folder / "transformer" / "config.json"
-    found = json.loads(config.read_text(encoding="utf-8")).get("_class_name") if config.is_file() else None
-    if found != denoiser:
-        raise CheckpointError(
-            f"{folder} holds {found or 'no transformer/config.json'}",
-            where="model.path",
-            expected=f"transformer/config.json of a {denoiser}",
-            fix="change model.path or model.family",
-        )
-    return folder
-
-
-def load_encoders(folder: Path, pipeline: str, dtype: torch.dtype, device: torch.device) -> Encoders:
-    """The encoders of a diffusers folder; the VAE in float32, text encoders in ``dtype``.
+def load_components(blueprint: Blueprint, without: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Every component of a pipeline but ``without``: networks frozen, in evaluation mode, the VAE in float32, others in ``dtype``.
 
     Raises:
         CheckpointError: when a component is missing or cannot be read.
     """
+    diffusers_module()
+    components: dict[str, Any] = {}
+    for name, component in blueprint.items():
+        if name == without:
+            continue
+        loaded = load_component(component, torch.float32 if name == "vae" else dtype, blueprint)
+        components[name] = loaded.requires_grad_(False).eval().to(device) if isinstance(loaded, torch.nn.Module) else loaded
+    return components
+
+
+def load_component(component: Component, dtype: torch.dtype, blueprint: Blueprint) -> Any:
+    """One component, whatever it is.
+
+    Raises:
+        CheckpointError: when it is missing or cannot be read.
+    """
+    kind: Any = getattr(import_module(component.library), component.kind)
+    network = issubclass(kind, torch.nn.Module)
     try:
-        loaded = getattr(diffusers_module(), pipeline).from_pretrained(folder, transformer=None, dtype=dtype, local_files_only=True)
+        if component.file is not None and network:
+            return _from_file(component, kind, dtype)
+        if component.folder is not None:
+            return kind.from_pretrained(component.folder, **({"dtype": dtype} if network else {}), local_files_only=True)
+        if "tokenizer" in component.name:
+            return _shipped_tokenizer(component, kind, blueprint)
+        if not network:
+            return kind(**component.config)
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
-        raise CheckpointError(f"the encoders in {folder} cannot be loaded: {str(fault).splitlines()[0]}", where="model.path") from fault
-    loaded.set_progress_bar_config(disable=True)
-    loaded.vae.to(torch.float32)
-    for component in loaded.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False).eval().to(device)
-    return Encoders(loaded, device)
+        said = (str(fault) or type(fault).__name__).splitlines()[0]
+        raise CheckpointError(f"{component.name} ({component.kind}) cannot be loaded: {said}", where=component.origin) from fault
+    raise CheckpointError(
+        f"nothing says where {component.name} ({component.kind}) lies",
+        where="model.files",
+        fix=f"name its file as model.files.{component.name}, or the whole pipeline's folder as model.path",
+    )
 
 
-def fingerprint(folder: Path, part: str, samples: int = 64, chunk: int = 1 << 16) -> str:
-    """A hash of the encoders of ``part``: names and sizes of their files, and evenly spaced pieces of each.
+def file_tensors(component: Component) -> dict[str, Tensor]:
+    """The tensors of a component's file under the names of its class, scales applied; none is read yet."""
+    assert component.file is not None
+    return to_library_names(component, unscale(open_file(component.file), str(component.file)))
+
+
+def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
+    assert component.file is not None
+    tensors = file_tensors(component)
+    state = {n: _cast(realise(t), dtype) for n, t in tensors.items()}
+    if component.library == "transformers":
+        # Its own loader also knows the names that its classes had in earlier versions.
+        module, told = kind.from_pretrained(
+            None, config=kind.config_class.from_dict(component.config), state_dict=state, dtype=dtype, output_loading_info=True
+        )
+        missing, extra = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
+        wrong = [str(m[0]) for m in told["mismatched_keys"]]
+    else:
+        with torch.device("meta"):
+            module = kind.from_config(component.config)
+        wanted = module.state_dict()
+        missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+        wrong = [n for n, t in wanted.items() if n in state and state[n].shape != t.shape]
+        if not (missing or extra or wrong):
+            module.load_state_dict(state, assign=True)
+            module.to(dtype)
+    for told, names in (("lacks", missing), ("has another shape of", wrong), ("has, beside those the model knows,", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{told} {names[0]}{more}",
+                where=str(component.file),
+                expected=f"the weights of a {component.kind}",
+                fix=f"check {component.name}",
+            )
+    return module
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+# -- tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def _shipped_tokenizer(component: Component, kind: Any, blueprint: Blueprint) -> Any:
+    """A tokenizer that comes with diffpipe, or inside the file of its text encoder."""
+    given = dict(component.config)
+    vocabulary = given.pop("vocabulary", None)
+    if vocabulary == "clip":
+        merges = (CONFIGS / "tokenizers" / "clip-merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+        pairs = [tuple(line.split()) for line in merges if line]
+        return kind(vocab=_clip_vocabulary(pairs), merges=pairs, **given)
+    if vocabulary == "t5":
+        return _from_sentences((CONFIGS / "tokenizers" / "t5-spiece.model").read_bytes(), kind, given)
+    encoder = blueprint.get(component.name.replace("tokenizer", "text_encoder"))
+    if encoder is not None and encoder.file is not None:
+        tensors = open_file(encoder.file)
+        # ComfyUI's files of UMT5 and Gemma carry their sentencepiece model as bytes.
+        if "spiece_model" in tensors:
+            return _from_sentences(bytes(realise(tensors["spiece_model"]).tolist()), kind, given)
+    raise CheckpointError(
+        f"nothing says where {component.name} ({component.kind}) lies",
+        where="model.files",
+        expected="a folder with tokenizer.json or spiece.model",
+        fix=f"name it as model.files.{component.name}, or the whole pipeline's folder as model.path",
+    )
+
+
+def _from_sentences(model: bytes, kind: Any, given: Mapping[str, Any]) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("spiece.model", "tokenizer.model"):  # which of them is read differs by class
+            (Path(folder) / name).write_bytes(model)
+        return kind.from_pretrained(folder, **given)
+
+
+def _clip_vocabulary(merges: list[tuple[str, ...]]) -> dict[str, int]:
+    """Token numbers of CLIP: the 256 bytes as printable characters, the same ending a word, the merges, the two marks."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(pair) for pair in merges), "<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}
+
+
+# -- identity --------------------------------------------------------------------------------------------------------
+
+
+def fingerprint(blueprint: Blueprint, role: str, without: str) -> str:
+    """A hash of the components of a role: their configs, and names, sizes and evenly spaced pieces of their files.
 
     Pieces rather than every byte: reading a 20 GB text encoder at every start would take longer than encoding a
     small data set, and weights that were trained further differ everywhere.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for component in PARTS[part]:
-        for file in sorted(p for p in (folder / component).rglob("*") if p.is_file()):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(folder).as_posix()}:{size};".encode())
-            with open(file, "rb") as stream:
-                for i in range(samples if size > samples * chunk else 1):
-                    stream.seek(i * max(0, size - chunk) // max(1, samples - 1))
-                    digest.update(stream.read(chunk if size > samples * chunk else -1))
+    for name, component in blueprint.items():
+        if name == without or not name.startswith(ROLES[role]):
+            continue
+        digest.update(f"{name} {component.kind} {json.dumps(component.config, sort_keys=True)}".encode())
+        if component.file is not None:
+            _sample(component.file, digest.update)
+        elif component.folder is not None:
+            for file in sorted(p for p in component.folder.rglob("*") if p.is_file()):
+                digest.update(file.relative_to(component.folder).as_posix().encode())
+                _sample(file, digest.update)
     return digest.hexdigest()
+
+
+def _sample(file: Path, take: Callable[[bytes], None], samples: int = 64, chunk: int = 1 << 16) -> None:
+    size = file.stat().st_size
+    take(f":{size};".encode())
+    with open(file, "rb") as stream:
+        for begin in _places(size, samples, chunk):
+            stream.seek(begin)
+            take(stream.read(chunk if size > samples * chunk else -1))
+
+
+def _places(size: int, samples: int, chunk: int) -> Iterator[int]:
+    for i in range(samples if size > samples * chunk else 1):
+        yield i * max(0, size - chunk) // max(1, samples - 1)

@@ -8,10 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpipe.errors import CheckpointError
 from diffpipe.flow import Key, mix, noise, timesteps
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
+from diffpipe.models.names import Originals, Shapes, linear
+
+
+def original_shapes() -> Shapes:
+    """Black Forest Labs' names for Flux.1 dev; schnell lacks guidance_in."""
+    w, head = 3072, 128
+    shapes = linear("img_in", w, 64) | linear("txt_in", w, 4096)
+    for embed, columns in (("time_in", 256), ("vector_in", 768), ("guidance_in", 256)):
+        shapes |= linear(f"{embed}.in_layer", w, columns) | linear(f"{embed}.out_layer", w, w)
+    for stream in ("img", "txt"):
+        block = f"double_blocks.0.{stream}"
+        shapes |= linear(f"{block}_mod.lin", 6 * w, w) | linear(f"{block}_attn.qkv", 3 * w, w) | linear(f"{block}_attn.proj", w, w)
+        shapes |= {f"{block}_attn.norm.{n}_norm.scale": (head,) for n in ("query", "key")}
+        shapes |= linear(f"{block}_mlp.0", 4 * w, w) | linear(f"{block}_mlp.2", w, 4 * w)
+    single = "single_blocks.0"
+    shapes |= linear(f"{single}.linear1", 7 * w, w) | linear(f"{single}.linear2", w, 5 * w) | linear(f"{single}.modulation.lin", 3 * w, w)
+    shapes |= {f"{single}.norm.{n}_norm.scale": (head,) for n in ("query", "key")}
+    return shapes | linear("final_layer.linear", 64, w) | linear("final_layer.adaLN_modulation.1", 2 * w, w)
 
 
 class Flux(DiffusionModel):
@@ -21,7 +38,8 @@ class Flux(DiffusionModel):
     geometry = Geometry(spatial=8)
     denoiser = "FluxTransformer2DModel"
     pipeline = "FluxPipeline"
-    original_mark = "img_in.weight"
+    originals = Originals(denoiser, original_shapes, {"num_layers": 1, "num_single_layers": 1})
+    options = frozenset({"model.guidance"})
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C h w, the mode of the posterior: the same picture always gives the same latents."""
@@ -37,13 +55,7 @@ class Flux(DiffusionModel):
         )
         return {"text": text.cpu(), "pooled": pooled.cpu()}
 
-    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        if "img_in.weight" not in shapes or "double_blocks.0.img_attn.norm.query_norm.scale" not in shapes:
-            raise CheckpointError(
-                f"its tensors are not Flux's, such as {', '.join(sorted(shapes)[:3])}",
-                where=str(self.config.transformer),
-                expected="double_blocks.0.img_attn.qkv.weight and others",
-            )
+    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["img_in.weight"]
         head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
         return {

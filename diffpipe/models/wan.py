@@ -8,10 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpipe.errors import CheckpointError
 from diffpipe.flow import Key, mix, noise, timesteps
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
+from diffpipe.models.names import Originals, Shapes, linear
+
+
+def original_shapes() -> Shapes:
+    """Alibaba's names for Wan2.1 text to video."""
+    w, ffn = 1536, 8960
+    shapes: Shapes = {"patch_embedding.weight": (w, 16, 1, 2, 2), "patch_embedding.bias": (w,)}
+    for name, rows, columns in (
+        ("text_embedding.0", w, 4096),
+        ("text_embedding.2", w, w),
+        ("time_embedding.0", w, 256),
+        ("time_embedding.2", w, w),
+        ("time_projection.1", 6 * w, w),
+        ("head.head", 64, w),
+    ):
+        shapes |= linear(name, rows, columns)
+    block = "blocks.0"
+    shapes |= {"head.modulation": (1, 2, w), f"{block}.modulation": (1, 6, w)}
+    for attention in ("self_attn", "cross_attn"):
+        for name in "qkvo":
+            shapes |= linear(f"{block}.{attention}.{name}", w, w)
+        shapes |= {f"{block}.{attention}.norm_{n}.weight": (w,) for n in "qk"}
+    shapes |= {f"{block}.norm3.{n}": (w,) for n in ("weight", "bias")}
+    return shapes | linear(f"{block}.ffn.0", ffn, w) | linear(f"{block}.ffn.2", w, ffn)
 
 
 class Wan(DiffusionModel):
@@ -21,7 +44,7 @@ class Wan(DiffusionModel):
     geometry = Geometry(spatial=8, temporal=4, fps=16)
     denoiser = "WanTransformer3DModel"
     pipeline = "WanPipeline"
-    original_mark = "blocks.0.self_attn.q.weight"
+    originals = Originals(denoiser, original_shapes)
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C f h w, the mode of the posterior, each channel to mean 0 and deviation 1."""
@@ -41,18 +64,9 @@ class Wan(DiffusionModel):
         )
         return {"text": text.cpu()}
 
-    def single_file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        where = str(self.config.transformer)
-        if "patch_embedding.weight" not in shapes or "blocks.0.self_attn.q.weight" not in shapes:
-            raise CheckpointError(
-                f"its tensors are not Wan's, such as {', '.join(sorted(shapes)[:3])}",
-                where=where,
-                expected="blocks.0.self_attn.q.weight and others",
-            )
+    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["patch_embedding.weight"][:2]
-        if "img_emb.proj.1.weight" in shapes or "blocks.0.cross_attn.k_img.weight" in shapes:
-            raise CheckpointError(f"an image-to-video model ({channels} input channels)", where=where, expected="Wan2.1 text-to-video")
-        head = int(self.folder_config["attention_head_dim"])
+        head = int(self.blueprint[self.component].config["attention_head_dim"])
         return {
             "in_channels": channels,
             "num_layers": layers(shapes, "blocks."),

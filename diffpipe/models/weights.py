@@ -1,4 +1,4 @@
-"""Where a denoiser's weights lie, under diffusers names: each tensor is read alone, and only when asked for."""
+"""Where weights lie: every tensor of a file known by name, shape and type, and read alone, only when asked for."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# What ComfyUI and others put before the names of a denoiser inside a larger file.
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")
-NOT_WEIGHTS = (".scale_input", ".input_scale", "scaled_fp8")
+# What files of scaled fp8 hold beside weights and their scales. The last one describes the layer's format.
+NOT_WEIGHTS = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 
 
 class Lazy(Tensor):
     """A tensor that is its shape, its type and a recipe; operators on it extend the recipe.
 
-    diffusers' converters split, join and swap tensors. On these they do it to recipes, so that afterwards each
-    result can be made from just the tensors it needs.
+    Splitting, joining and renaming whole checkpoints happens on these, so that afterwards each result can be made
+    from just the tensors it needs.
     """
 
     recipe: Callable[[], Tensor]
@@ -74,6 +74,11 @@ def realise(x: Any) -> Any:
     return x.recipe() if isinstance(x, Lazy) else x
 
 
+def lazily(shape: Iterable[int], dtype: torch.dtype, recipe: Callable[[], Tensor]) -> Lazy:
+    """A lazy tensor of that shape and type."""
+    return Lazy(torch.empty(tuple(shape), dtype=dtype, device="meta"), recipe)
+
+
 class WeightSource:
     """Named tensors on disk.
 
@@ -82,7 +87,7 @@ class WeightSource:
         origin: the folder or file, for messages.
     """
 
-    def __init__(self, tensors: Mapping[str, Lazy], origin: Path) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], origin: Path) -> None:
         self.tensors, self.origin = tensors, origin
 
     def names(self) -> set[str]:
@@ -100,10 +105,53 @@ class WeightSource:
         tensor = realise(self._find(name))
         return tensor.to(dtype or tensor.dtype, copy=True).contiguous()
 
-    def _find(self, name: str) -> Lazy:
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Find out before anything is read that the tensors are those of a model.
+
+        Args:
+            wanted: the model's shapes by name.
+
+        Raises:
+            CheckpointError: when a tensor is missing, too many or of another shape.
+        """
+        missing = sorted(wanted.keys() - self.tensors.keys())
+        extra = sorted(self.tensors.keys() - wanted.keys())
+        wrong = [n for n, shape in wanted.items() if n in self.tensors and tuple(self.tensors[n].shape) != shape]
+        if wrong:
+            name = wrong[0]
+            raise CheckpointError(
+                f"{name} is {self.shape(name)}" + (f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""),
+                where=str(self.origin),
+                expected=f"{wanted[name]}, as the config says",
+                fix="name a checkpoint of the same model as model.path, or change model.family",
+            )
+        if missing or extra:
+            told = [f"lacks {len(missing)} tensors, such as {missing[0]}"] if missing else []
+            told += [f"has {len(extra)} that the model does not know, such as {extra[0]}"] if extra else []
+            raise CheckpointError(
+                " and ".join(told),
+                where=str(self.origin),
+                expected=f"the {len(wanted)} tensors of the model",
+                fix="name a checkpoint of the same model as model.path, or change model.family",
+            )
+
+    def _find(self, name: str) -> Tensor:
         if name not in self.tensors:
             raise CheckpointError(f"has no tensor {name}", where=str(self.origin), expected="all weights of the model's denoiser")
         return self.tensors[name]
+
+
+def open_file(file: Path) -> dict[str, Lazy]:
+    """Lazy tensors of a checkpoint file under its own names: safetensors, or a pickle that holds nothing but tensors.
+
+    Raises:
+        CheckpointError: when it is missing, truncated, or a pickle that would run code.
+    """
+    if not file.is_file():
+        raise CheckpointError("no such file", where=str(file), fix="check model.files and model.path")
+    if file.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
+        return _open_pickle(file)
+    return open_files([file])
 
 
 def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
@@ -124,9 +172,35 @@ def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
             ) from fault
         for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
             view = handle.get_slice(name)
-            shape = torch.empty(view.get_shape(), dtype=DTYPES[view.get_dtype()], device="meta")
-            tensors[name] = Lazy(shape, lambda handle=handle, name=name: handle.get_tensor(name))
+            if view.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    f"{name} is of type {view.get_dtype()}",
+                    where=str(file),
+                    expected=f"one of {', '.join(DTYPES)}",
+                    fix="name another file",
+                )
+            tensors[name] = lazily(view.get_shape(), DTYPES[view.get_dtype()], lambda handle=handle, name=name: handle.get_tensor(name))
     return tensors
+
+
+def _open_pickle(file: Path) -> dict[str, Lazy]:
+    try:
+        loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as fault:  # torch raises whatever the file makes it stumble on
+        raise CheckpointError(
+            f"a pickle that cannot be loaded as plain tensors: {(str(fault) or type(fault).__name__).splitlines()[0]}",
+            where=str(file),
+            expected="tensors alone: a pickle may hold code, which is never run",
+            fix="convert it to .safetensors, or download that format",
+        ) from fault
+    while isinstance(loaded, dict) and len(loaded) <= 3 and (inner := next((loaded[k] for k in WRAPPERS if k in loaded), None)) is not None:
+        loaded = inner
+    if not isinstance(loaded, dict) or not any(isinstance(t, Tensor) for t in loaded.values()):
+        raise CheckpointError("holds no named tensors", where=str(file), expected="a state dict")
+    return {n: lazily(t.shape, t.dtype, lambda t=t: t) for n, t in loaded.items() if isinstance(t, Tensor)}
+
+
+WRAPPERS = ("state_dict", "module", "model", "model_state_dict")  # what training programs put a state dict into
 
 
 def open_folder(folder: Path) -> WeightSource:
@@ -149,37 +223,41 @@ def open_folder(folder: Path) -> WeightSource:
     return WeightSource(open_files(files), folder)
 
 
-def open_single(file: Path) -> dict[str, Lazy]:
-    """The denoiser's tensors of a single-file checkpoint under the original names, fp8 scales applied."""
-    tensors = open_files([file])
-    prefix = next((p for p in PREFIXES if any(name.startswith(p) for name in tensors)), "")
-    return unscale({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
+def within(tensors: Mapping[str, Lazy], prefixes: Iterable[str]) -> dict[str, Lazy]:
+    """The tensors of one part of a larger file, without the first of ``prefixes`` that any name begins with; all where none does."""
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in tensors)), "")
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def unscale(tensors: dict[str, Lazy]) -> dict[str, Lazy]:
-    """Multiply scaled fp8 weights by their scales, which diffusers' converters would drop without a word."""
+def unscale(tensors: Mapping[str, Lazy], origin: str) -> dict[str, Lazy]:
+    """Multiply scaled fp8 weights by their scales, which diffusers' converters would drop without a word.
+
+    Raises:
+        CheckpointError: when a file that says its weights are scaled lacks a scale, or they are quantised otherwise.
+    """
     plain = {n: t for n, t in tensors.items() if not n.endswith((*SCALES, *NOT_WEIGHTS))}
+    for name, blob in tensors.items():
+        if name.endswith(".comfy_quant"):
+            kind = json.loads(bytes(realise(blob).tolist())).get("format")
+            if kind not in ("float8_e4m3fn", "float8_e5m2"):
+                raise CheckpointError(
+                    f"{name.removesuffix('.comfy_quant')} is quantised as {kind}", where=origin, expected="fp8, bf16, fp16 or fp32 weights"
+                )
+    scaled = False
     for name, scale in tensors.items():
         suffix = next((s for s in SCALES if name.endswith(s)), None)
         weight = name.removesuffix(suffix) + ".weight" if suffix else ""
         if weight in plain:
-            stored = plain[weight]
+            stored, scaled = plain[weight], True
             by = scale.float().reshape(scale.shape + (1,) * (stored.ndim - scale.ndim) if scale.numel() > 1 else ())
             plain[weight] = cast(Lazy, (stored.float() * by).to(torch.bfloat16))
+    if scaled or any(n.endswith("scaled_fp8") for n in tensors):
+        bare = next((n for n, t in plain.items() if t.dtype in FP8 and n.endswith(".weight") and t.ndim > 1), None)
+        if bare is not None:
+            raise CheckpointError(
+                f"{bare} is scaled fp8 without its scale", where=origin, expected=bare.removesuffix("weight") + "scale_weight", fix=FIX
+            )
     return plain
 
 
-def convert(tensors: Mapping[str, Lazy], denoiser: str, config: Mapping[str, Any], origin: Path) -> WeightSource:
-    """A single file's tensors under diffusers names, through diffusers' own converter.
-
-    Raises:
-        CheckpointError: when the converter does not know the file's names.
-    """
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    mapping = SINGLE_FILE_LOADABLE_CLASSES[denoiser]["checkpoint_mapping_fn"]
-    try:
-        converted = mapping(checkpoint=dict(tensors), config=dict(config))
-    except (KeyError, RuntimeError, ValueError, IndexError) as fault:
-        raise CheckpointError(f"its tensors are not those of a {denoiser}: {fault}", where=str(origin)) from fault
-    return WeightSource(converted, origin)
+FIX = "download the file again, or name one in bf16"

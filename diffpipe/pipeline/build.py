@@ -13,8 +13,9 @@ from torch import nn
 
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
+from diffpipe.models.adapter_files import read_adapter
+from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
-from diffpipe.models.lora import attach_lora, base_name, init_lora, is_lora, resolve_targets
 from diffpipe.pipeline.cut import Fakes, Part, Probe
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.mesh import Mesh
@@ -34,13 +35,13 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans]
     for twin in twins:
         fakes.fill(twin)
-    probe = Probe(twins, fakes, precision)
+    probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[mesh.stage], fakes)
     read_weights(part, model, config, mesh.device, progress)
     if config.memory.recompute == "block":
         for unit in part.units:
             recompute(part.model.get_submodule(unit))
-    return Pipeline(Stage(part, precision, mesh.device), mesh, probe)
+    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe)
 
 
 def choose_attention(kind: str) -> None:
@@ -56,8 +57,8 @@ def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span
     """The whole model on meta, adapted and with only trained parameters requiring gradients, and its spans."""
     whole = model.load_denoiser()
     if config.adapter is not None:
-        names = resolve_targets(model, whole, config.adapter)
-        attach_lora(whole, names, config.adapter, getattr(torch, config.model.trainable_dtype))
+        ranks = resolve_targets(model, whole, config.adapter)
+        attach(whole, ranks, config.adapter, getattr(torch, config.model.trainable_dtype))
     else:
         whole.requires_grad_(True)
     _freeze(whole, config)
@@ -76,7 +77,7 @@ def read_weights(part: Part, model: DiffusionModel, config: Config, device: torc
     """Fill what the part owns, one tensor at a time straight to the device, so that the host never holds two."""
     source = model.weights()
     trainable = getattr(torch, config.model.trainable_dtype)
-    wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta and not is_lora(n)]
+    wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta and not is_adapter(n)]
     kinds = {name: trainable if t.requires_grad else model.dtype_of(base_name(name)) for name, t in wanted}
     total = sum(t.numel() * kinds[name].itemsize for name, t in wanted)
     done = 0
@@ -85,7 +86,8 @@ def read_weights(part: Part, model: DiffusionModel, config: Config, device: torc
         done += empty.numel() * kinds[name].itemsize
         progress(done, total)
     if config.adapter is not None:
-        init_lora(part.model, model, config.adapter, config.run.seed, device)
+        given = read_adapter(config.adapter.init, model) if config.adapter.init is not None else None
+        initialise(part.model, config.adapter, config.run.seed, device, given, lambda layer: source.read(f"{layer}.weight", torch.float32))
     part.to(device)
 
 

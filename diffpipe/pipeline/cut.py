@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from diffpipe.models.base import StageSpec
@@ -45,6 +45,25 @@ class _Leave(Exception):
     """Ends the forward of a stage that is not the last."""
 
 
+class _Known(Tensor):
+    """A fake tensor whose values are known, for a ``forward`` that takes Python numbers from a mask.
+
+    Sums and lists of it are real; to everything else it is its fake twin.
+    """
+
+    twin: Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (Tensor.sum, Tensor.tolist):
+            with unset_fake_temporarily(), torch._C.DisableTorchFunctionSubclass():
+                out = func(*args, **kwargs)
+            return out.as_subclass(cls) if isinstance(out, Tensor) else out
+        args, kwargs = tree_map(lambda x: x.twin if isinstance(x, _Known) else x, (args, kwargs))
+        return func(*args, **kwargs)
+
+
 class Fakes:
     """Shapes without memory: copies of modules on fake tensors of the device they would run on.
 
@@ -59,6 +78,12 @@ class Fakes:
         with self.mode:
             fake = torch.empty(like.shape, dtype=like.dtype, device=self.device)
         return fake.requires_grad_(like.requires_grad)
+
+    def known(self, values: Tensor) -> Tensor:
+        """A fake tensor with these values."""
+        known = values.detach().cpu().as_subclass(_Known)
+        known.twin = self.tensor(values)
+        return known
 
     def fill(self, module: nn.Module) -> None:
         """Put fake tensors in the place of all parameters and buffers."""
@@ -147,7 +172,7 @@ class Part(nn.Module):
     """Units ``[start, stop)`` of a model, run by the model's own ``forward``.
 
     Every parameter keeps its name under ``part.model``. The model passed in is changed: modules that other
-    stages hold are replaced by holes.
+    stages hold are replaced by holes. ``repeated`` are the parameters that every part has.
 
     Args:
         model: the whole model, parameters on meta.
@@ -162,12 +187,13 @@ class Part(nn.Module):
         self.model = model
         self.first, self.last = start == 0, stop == len(units)
         self.units = units[start:stop]
-        carry, post = expand(model, spec.carry), expand(model, spec.post)
+        carry, post, replicate = expand(model, spec.carry), expand(model, spec.post), expand(model, spec.replicate)
         self.arriving = [] if self.first else [units[i] for i in spec.live(start)] + carry
         self.leaving = [] if self.last else [units[i] for i in spec.live(stop)] + carry
         self.received: dict[str, list[Any]] = {}
         self.captured: dict[str, list[Any]] = {}
-        before = [] if self.first else _before_units(model, {*units, *post, *carry, *expand(model, spec.replicate)})
+        before = [] if self.first else _before_units(model, {*units, *post, *carry, *replicate})
+        self.repeated = {f"{path}.{name}" for path in replicate for name, _ in model.get_submodule(path).named_parameters()}
         holes: dict[str, _Hole] = {}
         for i, path in enumerate(units):
             if path in self.arriving:
@@ -287,10 +313,16 @@ def _unpack(payload: Sequence[Tensor], layout: Layout) -> dict[str, list[Any]]:
 
 @dataclass(frozen=True)
 class Border:
-    """What crosses from one stage to the next, or leaves the last: tensors on meta, and their structure."""
+    """What crosses from one stage to the next, or leaves the last: tensors on meta, and their structure.
+
+    Attributes:
+        ragged: for each tensor the dim that is as long as the longest caption makes it, None where none is; the
+            tensors here have it at its longest.
+    """
 
     tensors: tuple[Tensor, ...]
     layout: Layout | None
+    ragged: tuple[int | None, ...]
 
 
 class Probe:
@@ -300,32 +332,63 @@ class Probe:
         parts: every part of the model in order, filled by ``Fakes.fill``.
         fakes: the mode that the parts' tensors belong to.
         precision: makes the context the real parts run in (autocast).
+        lengths: as in the model's ``StageSpec``.
     """
 
-    def __init__(self, parts: Sequence[Part], fakes: Fakes, precision: Callable[[], AbstractContextManager[Any]]) -> None:
-        self.parts, self.fakes, self.precision = parts, fakes, precision
-        self.known: dict[Any, list[Border]] = {}
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        fakes: Fakes,
+        precision: Callable[[], AbstractContextManager[Any]],
+        lengths: str | None = None,
+    ) -> None:
+        self.parts, self.fakes, self.precision, self.lengths = parts, fakes, precision, lengths
+        self.seen: dict[Any, list[Border]] = {}
 
     def borders(self, inputs: dict[str, Any]) -> list[Border]:
         """One border per part, the last being the model's output; with gradients as autograd is set now."""
         leaves, tree = tree_flatten(inputs)
         signature = (tree, signature_of(leaves), torch.is_grad_enabled())
-        if signature not in self.known:
-            self.known[signature] = self._run(leaves, tree)
-        return self.known[signature]
+        if signature not in self.seen:
+            self.seen[signature] = self._find(inputs)
+        return self.seen[signature]
 
-    def _run(self, leaves: list[Any], tree: TreeSpec) -> list[Border]:
-        fake_inputs = tree_unflatten([self.fakes.tensor(x) if isinstance(x, Tensor) else x for x in leaves], tree)
-        borders: list[Border] = []
+    def unused(self, inputs: dict[str, Any]) -> int:
+        """How much shorter than at their longest the ragged dims of a microbatch are."""
+        if self.lengths is None:
+            return 0
+        mask = inputs[self.lengths]
+        return mask.shape[1] - int(mask.sum(1).max())
+
+    def _find(self, inputs: dict[str, Any]) -> list[Border]:
+        if self.lengths is None:
+            return [Border(tensors, layout, (None,) * len(tensors)) for tensors, layout in self._run(inputs)]
+        longest, shorter = (self._run(self._with_length(inputs, less)) for less in (0, 1))
+        return [Border(t, layout, _changed(t, other)) for (t, layout), (other, _) in zip(longest, shorter, strict=True)]
+
+    def _with_length(self, inputs: dict[str, Any], less: int) -> dict[str, Any]:
+        assert self.lengths is not None
+        mask = torch.ones_like(inputs[self.lengths], device="cpu")
+        mask[:, mask.shape[1] - less :] = 0
+        return {**inputs, self.lengths: self.fakes.known(mask)}
+
+    def _run(self, inputs: dict[str, Any]) -> list[tuple[tuple[Tensor, ...], Layout | None]]:
+        fake = tree_map(lambda x: self.fakes.tensor(x) if isinstance(x, Tensor) and not isinstance(x, _Known) else x, inputs)
+        borders: list[tuple[tuple[Tensor, ...], Layout | None]] = []
         payload: tuple[Tensor, ...] = ()
         layout: Layout | None = None
         with self.fakes.mode, self.precision():
             for part in self.parts:
-                sent, layout = part(payload, layout, fake_inputs)
+                sent, layout = part(payload, layout, fake)
                 # A rank's border: new leaves with the same shape, type and need of a gradient.
                 payload = tuple(torch.empty(t.shape, dtype=t.dtype, device=self.fakes.device).requires_grad_(t.requires_grad) for t in sent)
-                borders.append(Border(payload, layout))
+                borders.append((payload, layout))
         return [
-            Border(tuple(torch.empty(t.shape, dtype=t.dtype, device="meta").requires_grad_(t.requires_grad) for t in b.tensors), b.layout)
-            for b in borders
+            (tuple(torch.empty(t.shape, dtype=t.dtype, device="meta").requires_grad_(t.requires_grad) for t in tensors), layout)
+            for tensors, layout in borders
         ]
+
+
+def _changed(longest: Sequence[Tensor], shorter: Sequence[Tensor]) -> tuple[int | None, ...]:
+    """For each tensor the dim that is shorter in the other run."""
+    return tuple(next((d for d in range(a.ndim) if a.shape[d] != b.shape[d]), None) for a, b in zip(longest, shorter, strict=True))

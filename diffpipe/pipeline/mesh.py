@@ -105,6 +105,10 @@ class Mesh:
             dist.all_reduce(square, group=self.stage_group)
         return square.sqrt()
 
+    def sum_over_stages(self, tensor: Tensor) -> None:
+        """Replace a tensor that every stage has by its sum."""
+        dist.all_reduce(tensor, group=self.stage_group)
+
     def mean_over_replicas(self, tensors: Sequence[Tensor], chunk: int = 1 << 26) -> None:
         """Replace each tensor by its mean over the replicas, in flat chunks of about ``chunk`` bytes."""
         if self.replicas == 1:

@@ -37,6 +37,22 @@ class Pipeline:
         self.stage.train()
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
 
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """All gradients of this rank, summed over the stages where several hold a parameter; and those that no earlier stage holds."""
+        part = self.stage.part
+        own: list[Tensor] = []
+        counted: list[Tensor] = []
+        for name, parameter in part.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if name in part.repeated and self.mesh.stages > 1:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                self.mesh.sum_over_stages(parameter.grad)
+            if parameter.grad is not None:
+                own.append(parameter.grad)
+                counted += [parameter.grad] if part.first or name not in part.repeated else []
+        return own, counted
+
     @torch.no_grad()
     def evaluate(self, microbatches: Microbatches) -> Tensor:
         """The loss as in ``train``, without dropout and without gradients."""
@@ -46,8 +62,10 @@ class Pipeline:
     def _run(self, microbatches: Microbatches, run: Callable[..., Any]) -> Tensor:
         mesh, last = self.mesh, self.mesh.stage == self.mesh.stages - 1
         borders = self.probe.borders(microbatches[0][0])
-        layout = borders[mesh.stage - 1].layout if mesh.stage else None
-        self.stage.inputs = StepInputs([_move(m, mesh.device) for m in microbatches], layout)
+        before = borders[mesh.stage - 1] if mesh.stage else Border((), None, ())
+        unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
+        moved = [_move(m, mesh.device) for m in microbatches]
+        self.stage.inputs = StepInputs(moved, before.layout, before.ragged, borders[mesh.stage].ragged, unused)
         count = len(microbatches)
         kind = Schedule1F1B if count >= mesh.stages else ScheduleGPipe
         # scale_grads would divide what earlier steps left in .grad; the loss divides itself.

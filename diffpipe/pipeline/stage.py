@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpipe.config.schema import ObjectiveConfig
 from diffpipe.models.base import Targets
 from diffpipe.pipeline.cut import Layout, Part
 
@@ -22,10 +23,15 @@ class StepInputs:
     Attributes:
         microbatches: keyword inputs of forward and the targets, on this rank's device.
         layout: the structure of arriving payloads.
+        arriving, leaving: the ragged dim of each tensor that crosses, None where none is.
+        unused: for each microbatch, how much shorter than on the wire those dims are.
     """
 
     microbatches: list[tuple[dict[str, Any], Targets]] = field(default_factory=list)
     layout: Layout | None = None
+    arriving: tuple[int | None, ...] = ()
+    leaving: tuple[int | None, ...] = ()
+    unused: list[int] = field(default_factory=list)
 
 
 class Clock:
@@ -81,29 +87,34 @@ class Stage(nn.Module):
         clock: time spent in this stage's forward and backward passes.
     """
 
-    def __init__(self, part: Part, precision: Callable[[], AbstractContextManager[Any]], device: torch.device) -> None:
+    def __init__(
+        self, part: Part, precision: Callable[[], AbstractContextManager[Any]], device: torch.device, objective: ObjectiveConfig
+    ) -> None:
         super().__init__()
-        self.part, self.precision = part, precision
+        self.part, self.precision, self.objective = part, precision, objective
         self.inputs = StepInputs()
         self.clock = Clock(device)
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
         self.clock.start()
         inputs, _ = self.inputs.microbatches[int(microbatch)]
+        unused = self.inputs.unused[int(microbatch)]
         arrived = tuple(_Wire.apply(t, self.clock.stop) if t.requires_grad else t for t in payload)
+        arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
         with self.precision():
             sent, _ = self.part(arrived, self.inputs.layout, inputs)
         if self.part.last:
             return sent if len(sent) > 1 else sent[0]
+        sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
         out = tuple(_Wire.apply(t, self.clock.start) if t.requires_grad else t.contiguous() for t in sent)
         self.clock.stop()
         return out
 
     def loss(self, output: Tensor | tuple[Tensor, ...], microbatch: Tensor) -> Tensor:
-        """The microbatch's share of the step's loss: weighted mean squared error over all outputs, in float32."""
+        """The microbatch's share of the step's loss."""
         _, targets = self.inputs.microbatches[int(microbatch)]
         outputs = output if isinstance(output, tuple) else (output,)
-        total = sum_errors(outputs, targets) / len(self.inputs.microbatches)
+        total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta) / len(self.inputs.microbatches)
         if total.requires_grad:
             total.register_hook(self._backward_begins)
         self.clock.stop()
@@ -113,10 +124,31 @@ class Stage(nn.Module):
         self.clock.start()
 
 
-def sum_errors(outputs: tuple[Tensor, ...], targets: Targets) -> Tensor:
-    """Sum over outputs of the mean of ``weight * (output - target)**2``, computed in float32."""
+def _shortened(tensor: Tensor, dim: int | None, unused: int) -> Tensor:
+    return tensor if dim is None or not unused else tensor.narrow(dim, 0, tensor.shape[dim] - unused)
+
+
+def _lengthened(tensor: Tensor, dim: int | None, unused: int) -> Tensor:
+    """The tensor with zeros at the end of a dim: a step's payloads have one shape on the wire."""
+    if dim is None or not unused:
+        return tensor
+    return nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, unused])
+
+
+def sum_errors(outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse", delta: float = 1.0) -> Tensor:
+    """Sum over outputs of the mean of ``weight * error``, in float32.
+
+    Args:
+        loss: "mse", "huber" or "smooth_l1", as torch.nn.functional defines them.
+        delta: where the latter two turn from square to linear.
+    """
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for output, (target, weight) in zip(outputs, targets, strict=True):
-        error = (output.float() - target.float()).square()
+        if loss == "mse":
+            error = (output.float() - target.float()).square()
+        elif loss == "huber":
+            error = nn.functional.huber_loss(output.float(), target.float(), reduction="none", delta=delta)
+        else:
+            error = nn.functional.smooth_l1_loss(output.float(), target.float(), reduction="none", beta=delta)
         total = total + (error if weight is None else error * weight).mean()
     return total

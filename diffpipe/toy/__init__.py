@@ -6,13 +6,15 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
+from diffpipe.models import MODELS
 
 SCHEME = "toy:"
-VERSION = 1  # raised when what is made changes
+VERSION = 2  # raised when what is made changes
 
 
 def materialize(config: Config) -> Config:
@@ -23,7 +25,7 @@ def materialize(config: Config) -> Config:
     """
     home = config.output_dir / "toy"
     changes: dict[str, object] = {}
-    if config.model.path.startswith(SCHEME):
+    if config.model.path is not None and config.model.path.startswith(SCHEME):
         path = _make(home, config.model.path, _models(), "model.path")
         changes["model"] = config.model.model_copy(update={"path": path})
     changes["data"] = config.data.model_copy(update={"folders": [_folder(f, home, "data.folders") for f in config.data.folders]})
@@ -39,7 +41,16 @@ def _folder(folder, home: Path, key: str):
 
 
 def _models() -> dict[str, Callable[[Path], None]]:
-    return {"flux": _flux, "wan": _wan}
+    return {family: lambda folder, family=family: _model(family, folder) for family in MODELS}
+
+
+def _model(family: str, folder: Path) -> None:
+    """Write a family's tiny checkpoint, the same weights every time."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        import_module(f"diffpipe.toy.models.{family.replace('-', '_')}").make(folder)
 
 
 def _media() -> dict[str, Callable[[Path], None]]:
@@ -51,18 +62,6 @@ def _media() -> dict[str, Callable[[Path], None]]:
         "clips": lambda folder: make_clips(folder, 12, 2),
         "clips-heldout": lambda folder: make_clips(folder, 3, 3),
     }
-
-
-def _flux(folder: Path) -> None:
-    from diffpipe.toy.checkpoints import make_flux, pictures_for_scale
-
-    make_flux(folder, pictures_for_scale(frames=0))
-
-
-def _wan(folder: Path) -> None:
-    from diffpipe.toy.checkpoints import make_wan, pictures_for_scale
-
-    make_wan(folder, pictures_for_scale(frames=5))
 
 
 def _make(home: Path, name: str, makers: dict[str, Callable[[Path], None]], key: str) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from diffpipe.config.schema import Config
 from diffpipe.export.files import write_safetensors
-from diffpipe.export.names import original_names, rename, rename_lora
 from diffpipe.export.run import export_tensors
-from diffpipe.models.lora import lora_tensors
+from diffpipe.models.adapters import adapter_tensors
+from diffpipe.models.flux import Flux
+from diffpipe.models.names import lora_to_original, original_names, to_original
 from diffpipe.models.weights import Lazy, open_files
 from tests.export.tiny import MakeConfig, model_of, output_of, trained
 
@@ -48,7 +49,7 @@ def test_a_lora_loads_in_the_real_pipeline_and_gives_the_trained_output(
 ) -> None:
     config = make_config(family, ADAPTER)
     module = trained(config)
-    (path,) = export(config, lora_tensors(module), tmp_path, kind)
+    (path,) = export(config, adapter_tensors(module), tmp_path, kind)
     pipeline = getattr(diffusers, model_of(config).pipeline).from_pretrained(config.model.path)
     bare = output_of(pipeline.transformer.eval(), model_of(config))
     pipeline.load_lora_weights(path)
@@ -60,12 +61,12 @@ def test_a_lora_under_original_names_changes_each_original_weight_as_the_trained
     make_config: MakeConfig, family: str, tmp_path: Path
 ) -> None:
     config = make_config(family, ADAPTER)
-    tensors = lora_tensors(trained(config))
+    tensors = adapter_tensors(trained(config))
     (path,) = export(config, tensors, tmp_path, "comfyui")
     written = {n.removeprefix("diffusion_model."): t for n, t in load_file(path).items()}
     whole = model_of(config).load_denoiser().state_dict()
     want = {n: torch.zeros(p.shape) for n, p in whole.items()} | deltas(tensors, 6 / 4)
-    original = rename(want, original_names(model_of(config).denoiser, whole))  # type: ignore[arg-type]
+    original = to_original(want, model_of(config).original_names())
     changed = {n for n, t in original.items() if t.any()}
     assert changed == set(deltas(written))
     for name, delta in deltas(written).items():
@@ -74,7 +75,7 @@ def test_a_lora_under_original_names_changes_each_original_weight_as_the_trained
 
 def test_a_joined_layer_of_which_only_a_part_is_adapted_leaves_the_rest_as_it_was(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("flux", {**ADAPTER, "targets": [r"^transformer_blocks\.1\.attn\.to_k$"]})
-    tensors = lora_tensors(trained(config))
+    tensors = adapter_tensors(trained(config))
     (path,) = export(config, tensors, tmp_path, "comfyui")
     written = load_file(path)
     layer = "diffusion_model.double_blocks.1.img_attn.qkv"
@@ -95,8 +96,8 @@ def test_at_released_width_diffusers_reads_a_flux_lora_under_original_names_back
         if isinstance(layer, torch.nn.Linear) and "blocks." in name:
             tensors[f"{name}.lora_A.weight"] = torch.randn(2, layer.in_features, generator=generator)
             tensors[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, 2, generator=generator)
-    shapes = whole.state_dict()
-    renamed = rename_lora(tensors, original_names("FluxTransformer2DModel", shapes), {n: t.shape[0] for n, t in shapes.items()})  # type: ignore[arg-type]
+    shapes = {n: tuple(t.shape) for n, t in whole.state_dict().items()}
+    renamed = lora_to_original(tensors, original_names(Flux.originals, shapes), shapes)
     kohya: dict[str, Tensor] = {}
     for name, tensor in renamed.items():
         layer, _, side = name.removesuffix(".weight").rpartition(".lora_")
@@ -108,7 +109,7 @@ def test_at_released_width_diffusers_reads_a_flux_lora_under_original_names_back
 
 def test_the_header_tells_where_a_lora_comes_from(make_config: MakeConfig, family: str, tmp_path: Path) -> None:
     config = make_config(family, ADAPTER)
-    paths = export(config, lora_tensors(trained(config)), tmp_path, "diffusers", "comfyui")
+    paths = export(config, adapter_tensors(trained(config)), tmp_path, "diffusers", "comfyui")
     for path, kind in zip(paths, ("diffusers", "comfyui"), strict=True):
         with safe_open(path, "pt") as file:
             about = file.metadata()
@@ -122,7 +123,7 @@ def test_the_header_tells_where_a_lora_comes_from(make_config: MakeConfig, famil
 
 def test_a_lora_is_written_in_the_type_asked_for_after_alpha_is_folded_in(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("flux", {"rank": 3, "alpha": 1.0}, {"dtype": "bfloat16"})
-    tensors = lora_tensors(trained(config))
+    tensors = adapter_tensors(trained(config))
     (path,) = export(config, tensors, tmp_path, "diffusers")
     written = load_file(path)
     name = "transformer_blocks.0.attn.to_q.lora_B.weight"
@@ -137,4 +138,4 @@ def test_renaming_reads_nothing() -> None:
     with torch.device("meta"):
         whole = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True).state_dict()
     lazy = {n: Lazy(t, fail) for n, t in whole.items()}
-    assert all(isinstance(t, Lazy) for t in rename(lazy, original_names("FluxTransformer2DModel", lazy)).values())
+    assert all(isinstance(t, Lazy) for t in to_original(lazy, original_names(Flux.originals, lazy)).values())

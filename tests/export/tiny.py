@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import Config
 from diffpipe.models import make_model
+from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
-from diffpipe.models.lora import attach_lora, init_lora, is_lora, resolve_targets
 from tests.families import frames_of, microbatch
 
 MakeConfig = Callable[..., Config]
@@ -25,16 +25,21 @@ def trained(config: Config) -> nn.Module:
     model = model_of(config)
     module = model.load_denoiser()
     if config.adapter is not None:
-        attach_lora(module, resolve_targets(model, module, config.adapter), config.adapter, torch.float32)
-        init_lora(module, model, config.adapter, 0, torch.device("cpu"))
+        attach(module, resolve_targets(model, module, config.adapter), config.adapter, torch.float32)
     weights = model.weights()
+    if config.adapter is not None:
+        initialise(module, config.adapter, 0, torch.device("cpu"), None, lambda layer: weights.read(f"{layer}.weight"))
     noise = torch.Generator().manual_seed(1)
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        value = parameter if is_lora(name) else weights.read(name.replace(".base_layer.", "."), torch.float32)
-        if config.adapter is None or ".lora_B." in name:
+        value = parameter if is_adapter(name) else weights.read(base_name(name), torch.float32)
+        if config.adapter is None or is_adapter(name):
             value = value + 0.05 * torch.randn(value.shape, generator=noise)
-        setattr(module.get_submodule(owner), leaf, nn.Parameter(value.detach()))
+        place = module.get_submodule(owner)
+        if isinstance(place, nn.ParameterDict):
+            place[leaf] = nn.Parameter(value.detach())
+        else:
+            setattr(place, leaf, nn.Parameter(value.detach()))
     return module.eval()
 
 

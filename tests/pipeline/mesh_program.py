@@ -45,17 +45,18 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, toys: Path)
     for step, shape in enumerate(shapes):
         every = [microbatch(model, seed=10 * step + i, count=1, **shape) for i in range(MICROBATCHES * mesh.replicas)]
         share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
+        own, counted = pipeline.gradients()
+        mesh.mean_over_replicas(own)
+        norm = mesh.gradient_norm(counted)
         gradients = {n: p.grad for n, p in part.named_parameters() if p.grad is not None}
-        mesh.mean_over_replicas(list(gradients.values()))
-        norm = mesh.gradient_norm(list(gradients.values()))
         loss = mesh.sum(share.item())[0] / mesh.replicas
         total = torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
         total.backward()
         expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
         torch.testing.assert_close(torch.tensor(loss), total.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm(), rtol=1e-4, atol=1e-6)
-        own = {n for n, p in part.named_parameters() if p.requires_grad and n in expected}
-        assert gradients.keys() == own, sorted(gradients.keys() ^ own)[:4]
+        held = {n for n, p in part.named_parameters() if p.requires_grad and n in expected}
+        assert gradients.keys() == held, sorted(gradients.keys() ^ held)[:4]
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{family} {n}: {m}")
         part.zero_grad()

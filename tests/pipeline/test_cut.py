@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
 from diffpipe.models import MODELS, make_model
+from diffpipe.models.adapters import attach, initialise, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
-from diffpipe.models.lora import attach_lora, init_lora, resolve_targets
 from diffpipe.pipeline.cut import Fakes, Part, Probe, expand
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.stage import sum_errors
@@ -32,7 +32,7 @@ def whole_of(model: DiffusionModel, lora: bool) -> nn.Module:
     module = model.load_denoiser()
     adapter = AdapterConfig(rank=4)
     if lora:
-        attach_lora(module, resolve_targets(model, module, adapter), adapter, torch.float32)
+        attach(module, resolve_targets(model, module, adapter), adapter, torch.float32)
     return module if lora else module.requires_grad_(True)
 
 
@@ -59,8 +59,8 @@ def run_parts(parts: list[Part], inputs: dict, targets: list) -> tuple[Tensor, T
     for part in parts:
         for name, p in part.model.named_parameters():
             if p.requires_grad:
-                assert name not in gradients, f"{name} is on two stages"
-                gradients[name] = p.grad if p.grad is not None else torch.zeros_like(p)
+                assert name not in gradients or name in part.repeated, f"{name} is on two stages"
+                gradients[name] = gradients.get(name, 0) + (p.grad if p.grad is not None else torch.zeros_like(p))
     return links[-1][0][0].detach(), loss.detach(), gradients
 
 
@@ -91,7 +91,7 @@ def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: Diffusio
         twins = [Part(copy.deepcopy(whole), model.spec, i, i + 1, fakes) for i in range(count)]
         for twin in twins:
             fakes.fill(twin)
-        borders = Probe(twins, fakes, nullcontext).borders(inputs)
+        borders = Probe(twins, fakes, nullcontext, model.spec.lengths).borders(inputs)
         payload: tuple[Tensor, ...] = ()
         layout = None
         for i, border in enumerate(borders):
@@ -107,7 +107,8 @@ def test_parameter_names_are_those_of_diffusers(model: DiffusionModel) -> None:
     names = [n for n, _ in whole.named_parameters()]
     count = len(expand(whole, model.spec.units))
     parts = [Part(copy.deepcopy(whole), model.spec, i, i + 1, Fakes(CPU)) for i in range(count)]
-    assert sorted(n for part in parts for n, _ in part.model.named_parameters()) == sorted(names)
+    held = [n for part in parts for n, _ in part.model.named_parameters() if part.first or n not in part.repeated]
+    assert sorted(held) == sorted(names)
     assert set(names) <= model.weights().names()
 
 
@@ -145,7 +146,7 @@ def test_adapters_start_equal_on_any_cut(model: DiffusionModel) -> None:
     count = len(expand(whole, model.spec.units))
     parts = [Part(copy.deepcopy(whole), model.spec, a, b, Fakes(CPU)).model for a, b in ((0, count), (0, 2), (2, count))]
     for part in parts:
-        init_lora(part, model, adapter, 3, CPU)
+        initialise(part, adapter, 3, CPU, None, lambda layer: torch.ones(1, 1))
     one = dict(parts[0].named_parameters())
     for part in parts[1:]:
         for name, p in part.named_parameters():

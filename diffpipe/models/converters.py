@@ -1,0 +1,87 @@
+"""Gives VAEs and text encoders of single files the names of their classes; each kind of file has one entry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from diffpipe.errors import CheckpointError
+from diffpipe.models.blueprint import Component
+from diffpipe.models.weights import Lazy, within
+
+Tensors = dict[str, Tensor]
+
+# What stands before a component's names in a file that holds several components.
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("conditioner.embedders.0.transformer.", "cond_stage_model.", "text_encoders."),
+    "text_encoder_2": ("conditioner.embedders.1.model.",),
+}
+NOT_NETWORK = ("spiece_model", "logit_scale", "position_ids")  # what files hold beside a network's weights
+
+
+def to_library_names(component: Component, tensors: Mapping[str, Lazy]) -> Tensors:
+    """The component's tensors under the names of its class, whoever wrote the file.
+
+    Raises:
+        CheckpointError: when the file's names are none that are known for the class.
+    """
+    own = within(tensors, PREFIXES.get(component.name, ()))
+    own = {n: t for n, t in own.items() if not n.endswith(NOT_NETWORK)}
+    for mark, convert in CONVERTERS.get(component.kind, {}).items():
+        if any(mark in name for name in own):
+            try:
+                return convert(dict(own), component.config)
+            except (KeyError, RuntimeError, ValueError, IndexError) as fault:
+                raise CheckpointError(f"its tensors are not those of a {component.kind}: {fault!r}", where=component.origin) from fault
+    return dict(own)
+
+
+def _ldm_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """CompVis' AutoencoderKL, as in SD, SDXL and Flux files."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    return convert_ldm_vae_checkpoint(tensors, config)
+
+
+def _wan_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    return convert_wan_vae_to_diffusers(tensors)
+
+
+def _wan_umt5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """Alibaba's own UMT5, as in the official .pth and Kijai's files."""
+    table = {
+        "attn.q.": "layer.0.SelfAttention.q.",
+        "attn.k.": "layer.0.SelfAttention.k.",
+        "attn.v.": "layer.0.SelfAttention.v.",
+        "attn.o.": "layer.0.SelfAttention.o.",
+        "pos_embedding.embedding.": "layer.0.SelfAttention.relative_attention_bias.",
+        "norm1.": "layer.0.layer_norm.",
+        "norm2.": "layer.1.layer_norm.",
+        "ffn.gate.0.": "layer.1.DenseReluDense.wi_0.",
+        "ffn.fc1.": "layer.1.DenseReluDense.wi_1.",
+        "ffn.fc2.": "layer.1.DenseReluDense.wo.",
+    }
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        if name == "token_embedding.weight":
+            named["shared.weight"] = tensor
+        elif name == "norm.weight":
+            named["encoder.final_layer_norm.weight"] = tensor
+        else:
+            _, number, rest = name.split(".", 2)
+            old = next((o for o in table if rest.startswith(o)), None)
+            named[name if old is None else f"encoder.block.{number}.{table[old]}{rest.removeprefix(old)}"] = tensor
+    return named
+
+
+# By class: a component of a name that only one kind of file has, and what turns such a file into the class' names.
+CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]] = {
+    "AutoencoderKL": {"encoder.down.0.block": _ldm_vae},
+    "AutoencoderKLWan": {"encoder.downsamples.": _wan_vae},
+    "UMT5EncoderModel": {"token_embedding.weight": _wan_umt5},
+}

@@ -1,0 +1,1 @@
+"""One tiny random checkpoint a family, each written by ``make(folder)`` in the diffusers folder format."""
