@@ -54,7 +54,7 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffpipe.toy import materialize
 
     home = tmp_path_factory.mktemp("toys")
-    for family in MODELS:
+    for family in sorted(MODELS):
         raw = {
             "output_dir": home,
             "run": {"steps": 1},

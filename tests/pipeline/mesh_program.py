@@ -1,6 +1,6 @@
 """Trains a few steps of changing shapes on a mesh, and compares loss and gradients with the whole model's.
 
-    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS TOYS
+    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS TOYS [FAMILY ...]
 
 Prints a line a case on the reporter; ends with a fault where they differ.
 """
@@ -68,7 +68,7 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, toys: Path)
 def main() -> None:
     stages, replicas = int(sys.argv[1]), int(sys.argv[2])
     with open_mesh(MeshConfig(stages=stages, replicate=replicas)) as opened:
-        for family in sorted(MODELS):
+        for family in sys.argv[4:] or sorted(MODELS):
             for adapter in (None, {"rank": 4}):
                 compare(family, adapter, opened, Path(sys.argv[3]))
 
