@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -47,20 +46,23 @@ def world() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture(scope="session")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that holds the tiny checkpoint of every family, and the toy media, by their names."""
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a family's tiny checkpoint, made when it is first asked for."""
+    home = tmp_path_factory.mktemp("toys")
+    return lambda family: toy_checkpoint(family, home)
+
+
+def toy_checkpoint(family: str, home: Path) -> Path:
+    """A family's tiny checkpoint under ``home``."""
     from diffpipe.config.schema import Config
-    from diffpipe.models import MODELS
     from diffpipe.toy import materialize
 
-    home = tmp_path_factory.mktemp("toys")
-    for family in sorted(MODELS):
-        raw = {
-            "output_dir": home,
-            "run": {"steps": 1},
-            "model": {"family": family, "path": f"toy:{family}"},
-            "data": {"folders": [{"path": "toy:clips"}]},
-        }
-        made = materialize(Config.model_validate(raw))
-        shutil.copytree(made.model.path, home / family)
-    return home
+    raw = {
+        "output_dir": home,
+        "run": {"steps": 1},
+        "model": {"family": family, "path": f"toy:{family}"},
+        "data": {"folders": [{"path": "unused"}]},
+    }
+    made = materialize(Config.model_validate(raw)).model.path
+    assert made is not None
+    return Path(made)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from tests.families import encoded, frames_of, with_weights
 
 
 @pytest.fixture(params=sorted(MODELS))
-def model(request: pytest.FixtureRequest, toys: Path) -> DiffusionModel:
-    return make_model(ModelConfig(family=request.param, path=str(toys / request.param), dtype="float32"), ObjectiveConfig())
+def model(request: pytest.FixtureRequest, toys: Callable[[str], Path]) -> DiffusionModel:
+    return make_model(ModelConfig(family=request.param, path=str(toys(request.param)), dtype="float32"), ObjectiveConfig())
 
 
 def official(model: DiffusionModel) -> Any:

@@ -1,8 +1,8 @@
 """Trains a few steps of changing shapes on a mesh, and compares loss and gradients with the whole model's.
 
-    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS TOYS [FAMILY ...]
+    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS FOLDER [FAMILY ...]
 
-Prints a line a case on the reporter; ends with a fault where they differ.
+Makes tiny checkpoints in FOLDER where they lack. Prints a line a case on the reporter; ends with a fault where they differ.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from diffpipe.models import MODELS, make_model
 from diffpipe.pipeline.build import build, outline
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.stage import sum_errors
+from tests.conftest import toy_checkpoint
 from tests.families import drawn, frames_of, microbatch, with_weights
 
 MICROBATCHES = 3
 
 
-def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, toys: Path) -> None:
+def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, home: Path) -> None:
     config = Config.model_validate(
         {
             "run": {"steps": 1},
             "mesh": {"stages": mesh.stages, "replicate": mesh.replicas},
-            "model": {"family": family, "path": str(toys / family), "dtype": "float32"},
+            "model": {"family": family, "path": str(toy_checkpoint(family, home)), "dtype": "float32"},
             "adapter": adapter,
             "data": {"folders": [{"path": "unused"}]},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +25,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=sorted(MODELS))
-def model(request: pytest.FixtureRequest, toys: Path) -> DiffusionModel:
-    return make_model(ModelConfig(family=request.param, path=str(toys / request.param), dtype="float32"), ObjectiveConfig())
+def model(request: pytest.FixtureRequest, toys: Callable[[str], Path]) -> DiffusionModel:
+    return make_model(ModelConfig(family=request.param, path=str(toys(request.param)), dtype="float32"), ObjectiveConfig())
 
 
 def whole_of(model: DiffusionModel, lora: bool) -> nn.Module:

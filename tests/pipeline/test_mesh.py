@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +13,9 @@ from tests.conftest import ROOT
 
 @pytest.mark.parametrize(("stages", "replicas"), [(2, 1), (1, 2), (3, 1), (2, 2)])
 def test_a_mesh_gives_the_whole_models_loss_and_gradients(
-    world: Callable[..., subprocess.CompletedProcess[str]], toys: Path, stages: int, replicas: int
+    world: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory, stages: int, replicas: int
 ) -> None:
-    done = world(stages * replicas, ROOT / "tests/pipeline/mesh_program.py", stages, replicas, toys)
+    done = world(stages * replicas, ROOT / "tests/pipeline/mesh_program.py", stages, replicas, tmp_path_factory.getbasetemp() / "mesh")
     assert [line for line in done.stdout.splitlines() if line.startswith("same")] == [
         f"same: {family} {kind}" for family in sorted(MODELS) for kind in ("full", "lora")
     ]
