@@ -24,12 +24,12 @@ from tests.families import drawn, frames_of, microbatch, with_weights
 MICROBATCHES = 3
 
 
-def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, home: Path) -> None:
+def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint: Path) -> None:
     config = Config.model_validate(
         {
             "run": {"steps": 1},
             "mesh": {"stages": mesh.stages, "replicate": mesh.replicas},
-            "model": {"family": family, "path": str(toy_checkpoint(family, home)), "dtype": "float32"},
+            "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
             "adapter": adapter,
             "data": {"folders": [{"path": "unused"}]},
         }
@@ -68,10 +68,12 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, home: Path)
 
 def main() -> None:
     stages, replicas = int(sys.argv[1]), int(sys.argv[2])
+    # Before the processes meet: in a group, transformers saves on its first rank alone.
+    checkpoints = {family: toy_checkpoint(family, Path(sys.argv[3])) for family in sys.argv[4:] or sorted(MODELS)}
     with open_mesh(MeshConfig(stages=stages, replicate=replicas)) as opened:
-        for family in sys.argv[4:] or sorted(MODELS):
+        for family, checkpoint in checkpoints.items():
             for adapter in (None, {"rank": 4}):
-                compare(family, adapter, opened, Path(sys.argv[3]))
+                compare(family, adapter, opened, checkpoint)
 
 
 if __name__ == "__main__":
