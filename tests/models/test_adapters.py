@@ -1,0 +1,172 @@
+"""Adapters of every kind go where the config says, change nothing at first, and read back from any file they were written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
+from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
+from diffpipe.models import MODELS, make_model
+from diffpipe.models.adapter_files import joined_layers, name_adapter, read_adapter
+from diffpipe.models.adapters import adapter_tensors, attach, folded, initialise, is_adapter, resolve_targets
+from diffpipe.models.base import DiffusionModel
+from tests.families import frames_of, microbatch, with_weights
+
+CPU = torch.device("cpu")
+KINDS = ("lora", "dora", "lokr")
+
+
+@pytest.fixture(params=sorted(MODELS))
+def model(request: pytest.FixtureRequest, toys: Callable[[str], Path]) -> DiffusionModel:
+    return model_of(request.param, toys)
+
+
+def model_of(family: str, toys: Callable[[str], Path], **more: Any) -> DiffusionModel:
+    return make_model(ModelConfig(family=family, path=str(toys(family)), dtype="float32", **more), ObjectiveConfig())
+
+
+def adapted(model: DiffusionModel, config: AdapterConfig, given: dict[str, Tensor] | None = None) -> nn.Module:
+    """The denoiser with its weights, and adapters at their first values."""
+    module = model.load_denoiser()
+    attach(module, resolve_targets(model, module, config), config, torch.float32)
+    source = model.weights()
+    module = with_weights(module, model)
+    initialise(module, config, 0, CPU, given, lambda layer: source.read(f"{layer}.weight"))
+    return module.eval()
+
+
+def trained(model: DiffusionModel, config: AdapterConfig) -> nn.Module:
+    """The same, moved on as by training."""
+    module = adapted(model, config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if is_adapter(name):
+                p += 0.05 * torch.randn(p.shape, generator=generator)
+    return module
+
+
+@torch.no_grad()
+def output(module: nn.Module, model: DiffusionModel) -> Tensor:
+    inputs, _ = microbatch(model, frames=frames_of(model))
+    return module(**inputs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_all_of_it_trains(model: DiffusionModel, kind: str) -> None:
+    config = AdapterConfig(kind=kind, rank=4, alpha=2.0)  # type: ignore[arg-type]
+    module = adapted(model, config)
+    bare = with_weights(model.load_denoiser(), model).eval()
+    torch.testing.assert_close(output(module, model), output(bare, model), rtol=1e-5, atol=1e-5)
+    inputs, _ = microbatch(model, frames=frames_of(model))
+    module = trained(model, config)
+    module(**inputs, return_dict=False)[0].square().mean().backward()
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.requires_grad}
+    assert gradients.keys() == {n for n, _ in module.named_parameters() if is_adapter(n)}
+    silent = {n for n, g in gradients.items() if g is None or not g.any()}
+    unreached = {n for n in silent if not any(m.startswith(n.rsplit(".lo", 1)[0]) and m not in silent for m in gradients)}
+    # Some blocks end in layers whose output the last block throws away; whole layers, never a part of one.
+    assert silent == unreached
+    assert len(silent) < len(gradients) / 4
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_any_form_reads_back_as_what_was_trained(model: DiffusionModel, tmp_path: Path, kind: str, form: str) -> None:
+    config = AdapterConfig(kind=kind, rank=4, alpha=2.0)  # type: ignore[arg-type]
+    if kind == "lokr" and form != "diffusers":
+        joined = joined_layers(model, resolve_targets(model, model.load_denoiser(), config))
+        config = config.model_copy(update={"exclude": [f"^{name}$" for name in joined]})
+    module = trained(model, config)
+    file = tmp_path / "adapter.safetensors"
+    named = name_adapter(folded(adapter_tensors(module), config), model, form)
+    save_file({n: t.contiguous() for n, t in named.items()}, file)
+    again = adapted(model, config, read_adapter(file, model))
+    torch.testing.assert_close(output(again, model), output(module, model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_gives_the_output_of_the_adapted_model(
+    model: DiffusionModel, toys: Callable[[str], Path], tmp_path: Path, kind: str
+) -> None:
+    config = AdapterConfig(kind=kind, rank=4, alpha=2.0)  # type: ignore[arg-type]
+    module = trained(model, config)
+    file = tmp_path / "adapter.safetensors"
+    save_file({n: t.contiguous() for n, t in name_adapter(folded(adapter_tensors(module), config), model, "diffusers").items()}, file)
+    merged = model_of(model.name, toys, merge=[{"path": file}])
+    torch.testing.assert_close(
+        output(with_weights(merged.load_denoiser(), merged).eval(), model), output(module, model), rtol=1e-4, atol=1e-5
+    )
+    none = model_of(model.name, toys, merge=[{"path": file, "weight": 0.0}])
+    bare = with_weights(model.load_denoiser(), model).eval()
+    torch.testing.assert_close(output(with_weights(none.load_denoiser(), none).eval(), model), output(bare, model), rtol=1e-5, atol=1e-6)
+
+
+def test_a_foreign_alpha_is_honoured(toys: Callable[[str], Path], tmp_path: Path) -> None:
+    model = model_of("wan", toys)
+    config = AdapterConfig(rank=4)
+    tensors = adapter_tensors(trained(model, config))
+    named = name_adapter(tensors, model, "kohya")
+    file = tmp_path / "kohya.safetensors"
+    save_file({n: torch.tensor(1.0) if n.endswith(".alpha") else t.contiguous() for n, t in named.items()}, file)
+    read = read_adapter(file, model)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(read[name], tensor / 4 if ".lora_B." in name else tensor)
+
+
+def test_ranks_go_by_pattern_and_keep_the_scale_at_one(toys: Callable[[str], Path]) -> None:
+    model = model_of("flux", toys)
+    config = AdapterConfig(rank=2, ranks={r"attn\.to_q$": 6, "attn": 3})
+    module = adapted(model, config)
+    shapes = {n: t.shape for n, t in adapter_tensors(module).items()}
+    assert shapes["transformer_blocks.0.attn.to_q.lora_A.weight"][0] == 6
+    assert shapes["transformer_blocks.0.attn.to_k.lora_A.weight"][0] == 3
+    assert shapes["transformer_blocks.0.ff.net.2.lora_A.weight"][0] == 2
+    layer: Any = module.get_submodule("transformer_blocks.0.attn.to_q")
+    assert layer.scaling == {"default": 1.0}
+    with pytest.raises(ConfigError, match=r"adapter\.ranks: 'atn' finds no linear layer"):
+        resolve_targets(model, model.load_denoiser(), AdapterConfig(ranks={"atn": 3}))
+
+
+def test_targets_go_by_pattern_and_name_what_was_meant(toys: Callable[[str], Path]) -> None:
+    model = model_of("flux", toys)
+    module = model.load_denoiser()
+    chosen = resolve_targets(model, module, AdapterConfig(targets=[r"^x_embedder$", r"blocks\.0\.attn\.to_[qk]$"], exclude=["^single"]))
+    assert sorted(chosen) == ["transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_q", "x_embedder"]
+    with pytest.raises(ConfigError, match=r"adapter\.targets: 'to_qq' finds no linear layer\n.*to_q"):
+        resolve_targets(model, module, AdapterConfig(targets=["to_qq"]))
+    with pytest.raises(ConfigError, match="no regular expression"):
+        resolve_targets(model, module, AdapterConfig(targets=["("]))
+
+
+def test_a_file_of_another_family_or_rank_is_refused(toys: Callable[[str], Path], tmp_path: Path) -> None:
+    flux, wan = model_of("flux", toys), model_of("wan", toys)
+    config = AdapterConfig(rank=4)
+    file = tmp_path / "flux.safetensors"
+    save_file({n: t.contiguous() for n, t in name_adapter(adapter_tensors(trained(flux, config)), flux, "diffusers").items()}, file)
+    with pytest.raises(CheckpointError, match=r"is no layer of Wan"):
+        read_adapter(file, wan)
+    with pytest.raises(CheckpointError, match=r"wants \(8, .*the file has \(4,"):
+        adapted(flux, AdapterConfig(rank=8), read_adapter(file, flux))
+    tensors = load_file(file)
+    tensors.pop(next(n for n in tensors if ".lora_A." in n))
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"has no lora_A\.weight"):
+        read_adapter(file, flux)
+    save_file({"blocks.0.weight": torch.zeros(2)}, file)
+    with pytest.raises(CheckpointError, match="is no tensor of an adapter"):
+        read_adapter(file, flux)
+
+
+def test_a_lokr_over_joined_layers_cannot_take_original_names(toys: Callable[[str], Path]) -> None:
+    flux = model_of("flux", toys)
+    tensors = folded(adapter_tensors(trained(flux, AdapterConfig(kind="lokr", rank=4))), AdapterConfig(kind="lokr", rank=4))
+    with pytest.raises(DiffpipeError, match=r"a LoKr cannot follow"):
+        name_adapter(tensors, flux, "comfyui")
