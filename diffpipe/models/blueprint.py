@@ -154,7 +154,7 @@ def _download(config: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*/*"], ignore_patterns=[*given, *unused]))
     except (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as fault:
-        said = next((line for line in str(fault).splitlines() if line.strip()), type(fault).__name__)
+        said = " ".join(str(fault).split())[:200] or type(fault).__name__
         raise CheckpointError(
             f"{name} at {revision} cannot be downloaded: {said}",
             where="model.path",
