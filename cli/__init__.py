@@ -46,19 +46,26 @@ def cache(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
-    formats: Annotated[list[str], typer.Option("--format", metavar="FORMAT", help="diffusers or comfyui; repeatable.")] = ["diffusers"],  # noqa: B006
+    source: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="Run folder, or adapter file.", show_default=False)],
+    formats: Annotated[list[str], typer.Option("--to", "--format", metavar="FORMAT", help="diffusers, comfyui, kohya; repeatable.")] = [  # noqa: B006
+        "diffusers"
+    ],
     step: Annotated[
-        int | None, typer.Option("--checkpoint", metavar="STEP", help="Step of the checkpoint.", show_default="the newest")
+        int | None, typer.Option("--checkpoint", metavar="STEP", help="RUN: step of the checkpoint.", show_default="the newest")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N")
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N, or FILE's")
+    ] = None,
+    form: Annotated[str | None, typer.Option("--from", metavar="FORMAT", help="FILE: format it must have.", show_default="any")] = None,
+    family: Annotated[str | None, typer.Option(metavar="FAMILY", help="FILE: family it is for.", show_default="as its header says")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="PATH", help="FILE: folder or file of its model.", show_default="the released size")
     ] = None,
 ) -> None:
-    """Take trained weights out of a run's checkpoint."""
+    """Take trained weights out of a run's checkpoint, or give an adapter file other names."""
     from diffpipe.cli.export import export_command
 
-    run_command(lambda: export_command(run, formats, step, output))
+    run_command(lambda: export_command(source, formats, step, output, form, family, base))
 
 
 @app.command()

@@ -5,11 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def export_command(run: Path, formats: list[str], step: int | None, output: Path | None) -> None:
+def export_command(
+    source: Path, formats: list[str], step: int | None, output: Path | None, form: str | None, family: str | None, base: str | None
+) -> None:
     from diffpipe.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from diffpipe.takeaway import export_run
+    from diffpipe.errors import ConfigError
+    from diffpipe.takeaway import export_file, export_run
 
-    for path in export_run(run, formats=formats, step=step, output=output):
+    if source.is_file():
+        if step is not None:
+            raise ConfigError("a file has no checkpoints", where="--checkpoint", fix="leave it out, or name a run folder")
+        written = export_file(source, formats=formats, source=form, family=family, base=base, output=output)
+    else:
+        if form or family or base:
+            raise ConfigError("a run knows its own", where="--from, --family, --base", fix="leave them out, or name an adapter file")
+        written = export_run(source, formats=formats, step=step, output=output)
+    for path in written:
         print(path)

@@ -1,21 +1,22 @@
-"""Exports from a checkpoint of an earlier run."""
+"""Exports from a checkpoint of an earlier run, and adapter files from one program's names to another's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 
 from diffpipe.checkpoint import list_checkpoints, read_weights
 from diffpipe.config.load import validate
-from diffpipe.config.schema import ExportFormat
+from diffpipe.config.schema import ExportFormat, ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, ConfigError
-from diffpipe.export.run import export_tensors
-from diffpipe.models import make_model
+from diffpipe.export.run import export_tensors, write_adapter
+from diffpipe.models import MODELS, make_model, model_class
+from diffpipe.models.adapter_files import form_of, read_adapter
 from diffpipe.models.adapters import plain_name
-from diffpipe.models.weights import lazily
+from diffpipe.models.weights import lazily, read_metadata
 from diffpipe.run import CONFIG
 
 
@@ -31,9 +32,7 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
     Raises:
         DiffpipeError: when the run or the checkpoint is not there, or a format is unknown.
     """
-    unknown = [f for f in formats if f not in get_args(ExportFormat)]
-    if unknown:
-        raise ConfigError(f"there is no format {unknown[0]!r}", where="--format", expected=", ".join(get_args(ExportFormat)))
+    _check_formats(formats)
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
     config = validate(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")), str(run / CONFIG))
@@ -49,3 +48,54 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
     return export_tensors(
         config, make_model(config.model, config.objective), weights, output or run / "exports" / f"step-{chosen:08d}", formats
     )
+
+
+def export_file(
+    file: Path,
+    *,
+    formats: Sequence[str],
+    source: str | None = None,
+    family: str | None = None,
+    base: str | None = None,
+    output: Path | None = None,
+) -> list[Path]:
+    """Write an adapter file under the names of other programs.
+
+    Args:
+        file: a safetensors file with the names of any of the formats.
+        formats: of ``ExportFormat``.
+        source: the format that ``file`` must have; None takes what it has.
+        family: whose adapter it is; None goes by what diffpipe wrote into the file's header.
+        base: the diffusers folder or the denoiser's file of the model that it adapts; None takes the family's released size.
+        output: the folder to write to; None is the file's own.
+
+    Raises:
+        DiffpipeError: when the file is no adapter of the family, or cannot be written.
+    """
+    _check_formats([*formats, *([source] if source else [])])
+    about = read_metadata(file)
+    family = family or about.get("diffpipe.family")
+    if family is None:
+        raise ConfigError(
+            "the file does not say which family it is for", where=str(file), expected=", ".join(sorted(MODELS)), fix="name it with --family"
+        )
+    given: dict[str, Any] = {}
+    if base is not None and Path(base).is_file():
+        given = {"files": {model_class(family).component: base}}
+    elif base is not None:
+        given = {"path": base}
+    model = make_model(ModelConfig(family=family, **given), ObjectiveConfig())
+    found = form_of(file, model)
+    if source is not None and found != source:
+        raise ConfigError(f"its names are those of {found}", where=str(file), expected=source, fix="leave --from out, or correct it")
+    tensors = read_adapter(file, model)
+    dtype = next(t.dtype for t in tensors.values())
+    stem = file.stem.removesuffix(f"-{found}")
+    kept = {k: v for k, v in about.items() if k.startswith("diffpipe.")} | {"diffpipe.family": family}
+    return [write_adapter(tensors, model, kind, (output or file.parent) / f"{stem}-{kind}.safetensors", dtype, kept) for kind in formats]
+
+
+def _check_formats(formats: Sequence[str]) -> None:
+    unknown = [f for f in formats if f not in get_args(ExportFormat)]
+    if unknown:
+        raise ConfigError(f"there is no format {unknown[0]!r}", where="--to", expected=", ".join(get_args(ExportFormat)))

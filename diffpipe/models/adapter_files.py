@@ -66,6 +66,17 @@ def read_adapter(file: Path, model: DiffusionModel) -> dict[str, Tensor]:
 FIX = "name a file that was trained for this family"
 
 
+def form_of(file: Path, model: DiffusionModel) -> str:
+    """Whose names an adapter file has: "diffusers", "comfyui" or "kohya"."""
+    names = list(open_file(file))
+    if any(n.startswith("lora_") for n in names):
+        return "kohya"
+    own, _ = _layer_names(model)
+    diffusers = sum(any(spelling in own for spelling in _spellings(found[1])) for n in names if (found := WORD.match(n)))
+    original = sum(n.startswith("diffusion_model.") for n in names)
+    return "comfyui" if original or not diffusers else "diffusers"
+
+
 def name_adapter(tensors: Mapping[str, Tensor], model: DiffusionModel, kind: str) -> dict[str, Tensor]:
     """Adapters by plain name, alpha inside, as a format writes them.
 

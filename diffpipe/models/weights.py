@@ -183,6 +183,13 @@ def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
     return tensors
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says about it."""
+    open_files([file])  # tells what is wrong with it
+    with safe_open(file, "pt") as handle:
+        return dict(handle.metadata() or {})
+
+
 def _open_pickle(file: Path) -> dict[str, Lazy]:
     try:
         loaded = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
