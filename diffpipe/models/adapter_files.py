@@ -187,7 +187,7 @@ def _layer_names(model: DiffusionModel) -> tuple[dict[str, str], dict[str, str]]
     for layer in layers:
         own |= {layer: layer, model.qualified(layer): layer, layer.replace(".", "_"): layer}
     original: dict[str, str] = {}
-    for name in model.original_names():
+    for name in model.original_names() if model.originals is not None else ():
         layer = name.removesuffix(".weight")
         if name.endswith(".weight"):
             spelled = (layer, layer.replace(".", "_"), model.comfyui_layer(layer), model.kohya_layer(layer))

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from diffpipe.config.schema import ModelConfig, ObjectiveConfig
-from diffpipe.errors import CheckpointError, ConfigError
+from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.flow import Key
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, read_blueprint
@@ -94,7 +94,7 @@ class DiffusionModel(ABC):
     pipeline: ClassVar[str]  # name of the diffusers pipeline class, whose encode_prompt and LoRA loader are used
     denoiser: ClassVar[str]  # name of the diffusers class of the trained module
     component: ClassVar[str] = "transformer"  # the denoiser's name in the pipeline
-    originals: ClassVar[Originals]  # the names of its original checkpoint
+    originals: ClassVar[Originals | None] = None  # the names of its original checkpoint, without which only diffusers' are known
     prefixes: ClassVar[tuple[str, ...]] = ("model.diffusion_model.", "diffusion_model.")  # what files put before those
     encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps
@@ -193,6 +193,7 @@ class DiffusionModel(ABC):
             found = WeightSource(self._file_tensors, source.file)
         else:
             known, held = self.original_names(), self._file_tensors
+            assert self.originals is not None
             pattern = re.compile("|".join(self.originals.ignored) or r"(?!)")
             extra = {n: t for n, t in held.items() if n not in known and not pattern.search(n)}
             found = WeightSource({**to_diffusers(held, known, shapes, str(source.file)), **extra}, source.file)
@@ -221,6 +222,8 @@ class DiffusionModel(ABC):
         Raises:
             DiffpipeError: when a parameter has no original name.
         """
+        if self.originals is None:
+            raise DiffpipeError(f"the original names of {self.title} are not known", where="export.formats", fix="export as diffusers")
         return original_names(self.originals, self.shapes())
 
     @cached_property
@@ -250,6 +253,8 @@ class DiffusionModel(ABC):
 
     def _missing_originals(self, tensors: Mapping[str, Any]) -> list[str]:
         """Names of the first blocks of the original layout that a file lacks; what lies outside of blocks differs by variant."""
+        if self.originals is None:
+            return [self.spec.units[0].removesuffix("*") + "0"]
         return [n for n in self.originals.shapes() if self.originals.in_block(n) and n not in tensors]
 
     def dtype_of(self, name: str) -> torch.dtype:
