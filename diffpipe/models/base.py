@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from diffpipe.config.schema import ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.flow import Key
 from diffpipe.models.adapter_files import merge_into, read_adapter
-from diffpipe.models.blueprint import Blueprint, read_blueprint
+from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
 from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components
 from diffpipe.models.names import NameMap, Originals, original_names, to_diffusers
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
@@ -98,6 +98,7 @@ class DiffusionModel(ABC):
     prefixes: ClassVar[tuple[str, ...]] = ("model.diffusion_model.", "diffusion_model.")  # what files put before those
     encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps
+    unused: ClassVar[frozenset[str]] = frozenset()  # components of the pipeline that neither encoding nor training needs
     # Keys of the config that this family gives a meaning to, beside those that all do.
     options: ClassVar[frozenset[str]] = frozenset()
 
@@ -117,7 +118,16 @@ class DiffusionModel(ABC):
         Raises:
             CheckpointError: when ``model.path`` is no pipeline of this family.
         """
-        return read_blueprint(self.config, self.pipeline, f"{self.component}:{self.denoiser}")
+        found = read_blueprint(self.config, self.pipeline, f"{self.component}:{self.denoiser}")
+        return {
+            name: replace(component, config=self.component_config(component)) if component.file and name != self.component else component
+            for name, component in found.items()
+            if name not in self.unused
+        }
+
+    def component_config(self, component: Component) -> dict[str, Any]:
+        """The config of a component beside the denoiser that is read from a file, where the file tells of another variant."""
+        return component.config
 
     # -- act one: media and captions to tensors ------------------------------------------------------------------
 
@@ -166,13 +176,17 @@ class DiffusionModel(ABC):
             return source.config
         return {**source.config, **self.file_config({name: tuple(t.shape) for name, t in self._file_tensors.items()})}
 
+    def class_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What the class is made from, given the released config: another where a part of ``forward`` is done in ``prepare``."""
+        return dict(config)
+
     def load_denoiser(self) -> nn.Module:
         """The whole denoiser with parameters on the meta device and real non-persistent buffers (RoPE tables)."""
         from accelerate import init_empty_weights
 
         # Some classes draw their tables even on meta; the random state belongs to the training.
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            module = self.denoiser_class().from_config(self.denoiser_config)
+            module = self.denoiser_class().from_config(self.class_config(self.denoiser_config))
         return module.requires_grad_(False).train()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

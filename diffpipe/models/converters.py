@@ -22,14 +22,19 @@ PREFIXES: dict[str, tuple[str, ...]] = {
 NOT_NETWORK = ("spiece_model", "logit_scale", "position_ids")  # what files hold beside a network's weights
 
 
+def own_tensors(component: Component, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Those tensors of a file that are the component's, under the file's names without what stands before them."""
+    own = within(tensors, PREFIXES.get(component.name, ()))
+    return {n: t for n, t in own.items() if not n.endswith(NOT_NETWORK)}
+
+
 def to_library_names(component: Component, tensors: Mapping[str, Lazy]) -> Tensors:
     """The component's tensors under the names of its class, whoever wrote the file.
 
     Raises:
         CheckpointError: when the file's names are none that are known for the class.
     """
-    own = within(tensors, PREFIXES.get(component.name, ()))
-    own = {n: t for n, t in own.items() if not n.endswith(NOT_NETWORK)}
+    own = own_tensors(component, tensors)
     for mark, convert in CONVERTERS.get(component.kind, {}).items():
         if any(mark in name for name in own):
             try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffpipe.errors import CheckpointError
 from diffpipe.models.blueprint import CONFIGS, Blueprint, Component
-from diffpipe.models.converters import to_library_names
+from diffpipe.models.converters import own_tensors, to_library_names
 from diffpipe.models.weights import open_file, realise, unscale
 
 ROLES = {"media": ("vae", "image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
@@ -95,6 +95,12 @@ def file_tensors(component: Component) -> dict[str, Tensor]:
     """The tensors of a component's file under the names of its class, scales applied; none is read yet."""
     assert component.file is not None
     return to_library_names(component, unscale(open_file(component.file), str(component.file)))
+
+
+def file_shapes(component: Component) -> dict[str, tuple[int, ...]]:
+    """The shapes of a component's file under the file's own names."""
+    assert component.file is not None
+    return {n: tuple(t.shape) for n, t in own_tensors(component, open_file(component.file)).items()}
 
 
 def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
