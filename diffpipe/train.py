@@ -47,21 +47,26 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
     """
     config = materialize(config)
     with open_mesh(config.mesh) as mesh:
-        run = mesh.decide(lambda: open_run(config, resume))
-        sinks = open_sinks(run, mesh, make_sinks)
-        try:
-            model = make_model(config.model, config.objective)
-            model.weights()
-            check_formats(config, model)
-            samples, held_out = open_data(config, model, mesh, sinks)
-            torch.manual_seed(config.run.seed + mesh.rank)
-            pipeline = build(config, model, mesh, lambda done, total: sinks.progress("load", done, total))
-            Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
-        except DiffpipeError as fault:
-            sinks.note(str(fault))
-            raise
-        finally:
-            sinks.close()
+        return train_on(mesh, config, resume=resume, make_sinks=make_sinks)
+
+
+def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+    """``train`` by processes that have met; toys are made already."""
+    run = mesh.decide(lambda: open_run(config, resume))
+    sinks = open_sinks(run, mesh, make_sinks)
+    try:
+        model = make_model(config.model, config.objective)
+        model.weights()
+        check_formats(config, model)
+        samples, held_out = open_data(config, model, mesh, sinks)
+        torch.manual_seed(config.run.seed + mesh.rank)
+        pipeline = build(config, model, mesh, lambda done, total: sinks.progress("load", done, total))
+        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
+    except DiffpipeError as fault:
+        sinks.note(str(fault))
+        raise
+    finally:
+        sinks.close()
     return run.folder
 
 

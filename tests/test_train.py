@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from diffpipe.checkpoint import list_checkpoints, read_weights
-from diffpipe.models import MODELS
 from tests.conftest import ROOT
 
 World = Callable[..., subprocess.CompletedProcess[str]]
@@ -45,18 +44,6 @@ def losses(output: str) -> list[float]:
 def last_weights(output: Path) -> dict[str, Tensor]:
     run = max(output.glob("*/config.yaml")).parent
     return read_weights(list_checkpoints(run / "checkpoints")[-1])
-
-
-@pytest.mark.parametrize("family", sorted(MODELS))
-def test_two_stages_train_as_one_process_does(world: World, tmp_path: Path, family: str) -> None:
-    one = world(1, *arguments(family, tmp_path / "one", **{"mesh.stages": 1}))
-    two = world(2, *arguments(family, tmp_path / "two", **{"mesh.stages": 2}))
-    assert len(losses(one.stdout)) == 4
-    assert losses(two.stdout) == pytest.approx(losses(one.stdout), rel=1e-4)
-    expected, got = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
-    assert got.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=2e-4, msg=name)
 
 
 def test_replicas_share_a_step_that_one_process_takes_alone(world: World, tmp_path: Path) -> None:
@@ -120,47 +107,6 @@ def test_a_run_folder_holds_what_the_docs_promise(world: World, tmp_path: Path) 
         "memory/host",
     }
     assert wanted <= set(events.Tags()["scalars"])
-
-
-@pytest.mark.parametrize("family", sorted(MODELS))
-def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(world: World, tmp_path: Path, family: str) -> None:
-    import diffusers
-
-    from diffpipe.config.load import load_config
-    from diffpipe.models import make_model
-    from diffpipe.models.adapters import attach, resolve_targets
-    from diffpipe.toy import materialize
-    from tests.families import microbatch
-
-    more = {"mesh.stages": 2, "run.steps": 3, "adapter": "{rank: 4, alpha: 2}", "export.dtype": "float32", "optimizer.lr": 0.05}
-    given = arguments(family, tmp_path / "run", **more)
-    world(2, *given)
-    (run,) = [p.parent for p in (tmp_path / "run").glob("*/config.yaml")]
-    config = materialize(load_config(ROOT / CONFIGS[family], [a.removeprefix("--set=") for a in given if a.startswith("--set=")]))
-    model = make_model(config.model, config.objective)
-    trained = model.load_denoiser()
-    assert config.adapter is not None
-    attach(trained, resolve_targets(model, trained, config.adapter), config.adapter, torch.float32)
-    trained.load_state_dict({**_base(model, trained), **last_weights(tmp_path / "run")}, assign=True)
-    inputs, _ = microbatch(model)
-    trained.eval()
-    wanted = trained(**inputs, return_dict=False)[0]
-    pipeline = getattr(diffusers, model.pipeline).from_pretrained(config.model.path)
-    before = pipeline.transformer(**inputs, return_dict=False)[0]
-    kinds = ("diffusers", "comfyui") if family == "wan" else ("diffusers",)
-    for kind in kinds:
-        pipeline.load_lora_weights(str(run / "exports" / "step-00000003" / f"{family}-lora-{kind}.safetensors"))
-        got = pipeline.transformer(**inputs, return_dict=False)[0]
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-        assert not torch.allclose(got, before, atol=1e-4)
-        pipeline.unload_lora_weights()
-
-
-def _base(model, module) -> dict[str, Tensor]:
-    from diffpipe.models.adapters import base_name, is_adapter
-
-    source = model.weights()
-    return {n: source.read(base_name(n)) for n in module.state_dict() if not is_adapter(n)}
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ SCHEME = "toy:"
 VERSION = 2  # raised when what is made changes
 
 
-def materialize(config: Config) -> Config:
-    """The config with every `toy:NAME` replaced by a folder under ``output_dir``/toy.
+def materialize(config: Config, home: Path | None = None) -> Config:
+    """The config with every `toy:NAME` replaced by a folder under ``home``, which is ``output_dir``/toy unless given.
 
     Raises:
         ConfigError: for a name that is not there.
     """
-    home = config.output_dir / "toy"
+    home = home or config.output_dir / "toy"
     changes: dict[str, object] = {}
     if config.model.path is not None and config.model.path.startswith(SCHEME):
         path = _make(home, config.model.path, _models(), "model.path")
