@@ -57,6 +57,13 @@ def _wan_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return convert_wan_vae_to_diffusers(tensors)
 
 
+def _ltx_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """Lightricks' video VAE of every version; diffusers knows them from one file with the transformer."""
+    from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers
+
+    return convert_ltx_vae_checkpoint_to_diffusers({f"vae.{n}": t for n, t in tensors.items()})
+
+
 def _wan_umt5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     """Alibaba's own UMT5, as in the official .pth and Kijai's files."""
     table = {
@@ -87,6 +94,7 @@ def _wan_umt5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 # By class: a component of a name that only one kind of file has, and what turns such a file into the class' names.
 CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]] = {
     "AutoencoderKL": {"encoder.down.0.block": _ldm_vae},
+    "AutoencoderKLLTXVideo": {"per_channel_statistics.": _ltx_vae},
     "AutoencoderKLWan": {"encoder.downsamples.": _wan_vae},
     "UMT5EncoderModel": {"token_embedding.weight": _wan_umt5},
 }
