@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from diffpipe.models.base import DiffusionModel
 
 MODELS: dict[str, str] = {
+    "chroma": "diffpipe.models.chroma:Chroma",
     "flux": "diffpipe.models.flux:Flux",
     "ltx-video": "diffpipe.models.ltx_video:LTXVideo",
     "wan": "diffpipe.models.wan:Wan",
+    "wan-i2v": "diffpipe.models.wan_i2v:WanI2V",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from diffpipe.flow import Key
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
 from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components
-from diffpipe.models.names import NameMap, Originals, original_names, to_diffusers
+from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
 
 # Keys that some families have no use for: set there, they are an error rather than ignored.
@@ -119,22 +119,39 @@ class DiffusionModel(ABC):
             CheckpointError: when ``model.path`` is no pipeline of this family.
         """
         found = read_blueprint(self.config, self.pipeline, f"{self.component}:{self.denoiser}")
+        denoiser = found[self.component]
+        if other := self.other_family(denoiser.config):
+            raise CheckpointError(
+                f"holds a {self.denoiser} of the family {other}",
+                where=denoiser.origin,
+                expected=f"that of {self.title}",
+                fix=f"set model.family: {other}",
+            )
         return {
             name: replace(component, config=self.component_config(component)) if component.file and name != self.component else component
             for name, component in found.items()
             if name not in self.unused
         }
 
+    def other_family(self, config: Mapping[str, Any]) -> str | None:
+        """The family that a denoiser's config belongs to, where it is another one of the same diffusers class."""
+        return None
+
     def component_config(self, component: Component) -> dict[str, Any]:
         """The config of a component beside the denoiser that is read from a file, where the file tells of another variant."""
         return component.config
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The components of the pipeline that the trained module is made of."""
+        return (self.component,)
 
     # -- act one: media and captions to tensors ------------------------------------------------------------------
 
     def load_encoders(self, device: torch.device) -> Encoders:
         """The VAE and the text encoders on ``device``, in evaluation mode, frozen."""
-        components = load_components(self.blueprint, self.component, getattr(torch, self.config.dtype), device)
-        pipeline = self.make_pipeline({**components, self.component: None})
+        components = load_components(self.blueprint, self.trained, getattr(torch, self.config.dtype), device)
+        pipeline = self.make_pipeline({**components, **dict.fromkeys(self.trained)})
         pipeline.set_progress_bar_config(disable=True)
         return Encoders(pipeline, device)
 
@@ -147,13 +164,14 @@ class DiffusionModel(ABC):
         """Normalised latents of ``pixels`` (B C F H W in [-1, 1]; F is 1 for an image), first dim B."""
 
     @abstractmethod
-    def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Embeddings of ``captions`` at the family's fixed text length, first dim len(captions)."""
+    def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """Embeddings of ``captions`` at the family's fixed text length, first dim len(captions); where the length differs, a
+        list of one tensor each, which ``align`` makes stackable."""
 
     def identity(self, role: str) -> str:
         """What the tensors of a role ("media" or "text") depend on besides the sample: the encoders' weights
         and configs by content, the type of computation, and ``encoding``, the version of the code here."""
-        return f"{self.name}/{self.encoding}/{self.config.dtype}/{fingerprint(self.blueprint, role, self.component)}"
+        return f"{self.name}/{self.encoding}/{self.config.dtype}/{fingerprint(self.blueprint, role, self.trained)}"
 
     # -- act two: tensors to a loss -------------------------------------------------------------------------------
 
@@ -174,7 +192,11 @@ class DiffusionModel(ABC):
         source = self.blueprint[self.component]
         if source.file is None or self._diffusers_names(self._file_tensors):
             return source.config
-        return {**source.config, **self.file_config({name: tuple(t.shape) for name, t in self._file_tensors.items()})}
+        try:
+            told = self.file_config({name: tuple(t.shape) for name, t in self._file_tensors.items()})
+        except KeyError as fault:
+            raise CheckpointError(f"lacks {fault.args[0]}", where=str(source.file), expected=f"all tensors of {self.title}") from fault
+        return {**source.config, **told}
 
     def class_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """What the class is made from, given the released config: another where a part of ``forward`` is done in ``prepare``."""
@@ -186,37 +208,59 @@ class DiffusionModel(ABC):
 
         # Some classes draw their tables even on meta; the random state belongs to the training.
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            module = self.denoiser_class().from_config(self.class_config(self.denoiser_config))
+            module = self.make_module()
         return module.requires_grad_(False).train()
 
+    def make_module(self) -> nn.Module:
+        """The trained module: the denoiser, or one that holds it beside other trained components."""
+        return self.denoiser_class().from_config(self.class_config(self.denoiser_config))
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The denoiser's parameters and saved buffers by name."""
+        """The trained module's parameters and saved buffers by name."""
         return {name: tuple(t.shape) for name, t in self.load_denoiser().state_dict().items()}
 
     def weights(self) -> WeightSource:
-        """Where the denoiser's tensors lie, under diffusers names, read one by one on demand, LoRAs of ``model.merge`` added.
+        """Where the trained module's tensors lie, under its names, read one by one on demand, LoRAs of ``model.merge`` added.
 
         Raises:
             CheckpointError: when they are not those of the model that the config says.
         """
-        source, shapes = self.blueprint[self.component], self.shapes()
+        found = self.stored(self.shapes())
+        for lora in self.config.merge:
+            if not lora.path.is_file():
+                raise ConfigError("no such file", where=f"model.merge: {lora.path}")
+            found = WeightSource(merge_into(found.tensors, read_adapter(lora.path, self), lora.weight, str(lora.path)), found.origin)
+        return found
+
+    def stored(self, shapes: Mapping[str, tuple[int, ...]]) -> WeightSource:
+        """Where the denoiser's tensors of these shapes lie, under diffusers names.
+
+        Raises:
+            CheckpointError: when there are others.
+        """
+        source = self.blueprint[self.component]
         if source.file is None:
             assert source.folder is not None
             found = open_folder(source.folder)
         elif self._diffusers_names(self._file_tensors):
             found = WeightSource(self._file_tensors, source.file)
         else:
-            known, held = self.original_names(), self._file_tensors
-            assert self.originals is not None
-            pattern = re.compile("|".join(self.originals.ignored) or r"(?!)")
-            extra = {n: t for n, t in held.items() if n not in known and not pattern.search(n)}
+            known, held = self.denoiser_names(shapes), self._file_tensors
+            extra = {n: t for n, t in held.items() if n not in known}
             found = WeightSource({**to_diffusers(held, known, shapes, str(source.file)), **extra}, source.file)
-        found.check(shapes)
-        for lora in self.config.merge:
-            if not lora.path.is_file():
-                raise ConfigError("no such file", where=f"model.merge: {lora.path}")
-            found = WeightSource(merge_into(found.tensors, read_adapter(lora.path, self), lora.weight, str(lora.path)), found.origin)
+        unused = self._unused_names()
+        found = WeightSource({n: t for n, t in found.tensors.items() if n in shapes or not unused.search(n)}, found.origin)
+        try:
+            found.check(shapes)
+        except CheckpointError as fault:
+            fix = fault.fix if source.file is None else self._advice(self._file_tensors, fault.fix)
+            raise CheckpointError(fault.found, where=fault.where, expected=fault.expected, fix=fix) from None
         return found
+
+    def _unused_names(self) -> re.Pattern[str]:
+        """Names that checkpoints hold, and the family or its diffusers class has no use for."""
+        of_class = self.denoiser_class()._keys_to_ignore_on_load_unexpected or []
+        return re.compile("|".join([*(self.originals.ignored if self.originals else ()), *of_class]) or "(?!)")
 
     def qualified(self, name: str) -> str:
         """A parameter's name in the whole diffusers pipeline."""
@@ -231,14 +275,22 @@ class DiffusionModel(ABC):
         return f"lora_unet_{layer.replace('.', '_')}"
 
     def original_names(self) -> NameMap:
-        """The original tensors of this model as pieces of its parameters.
+        """What the original format has of the trained module: its names, as pieces of the module's parameters.
+
+        Raises:
+            DiffpipeError: when a parameter has no original name.
+        """
+        return self.denoiser_names(self.shapes())
+
+    def denoiser_names(self, parameters: Collection[str]) -> NameMap:
+        """The original tensors of the denoiser as pieces of its parameters, which are given by diffusers name.
 
         Raises:
             DiffpipeError: when a parameter has no original name.
         """
         if self.originals is None:
             raise DiffpipeError(f"the original names of {self.title} are not known", where="export.formats", fix="export as diffusers")
-        return original_names(self.originals, self.shapes())
+        return original_names(self.originals, parameters)
 
     @cached_property
     def _file_tensors(self) -> dict[str, Lazy]:
@@ -256,14 +308,26 @@ class DiffusionModel(ABC):
                 f"its tensors are not those of {self.title}, such as {', '.join(sorted(tensors)[:3]) or 'none at all'}",
                 where=str(file),
                 expected=f"{missing[0]} and others",
-                fix="change model.family, or name another file",
+                fix=self._advice(tensors, "change model.family, or name another file"),
             )
         return tensors
 
+    def _advice(self, names: Collection[str], otherwise: str) -> str:
+        """What to change when a file is not this family's: the families whose first blocks it has, the most particular of them."""
+        from diffpipe.models import MODELS, model_class
+
+        held = set(names)
+        known = {f: first_blocks(originals) for f in MODELS if (originals := model_class(f).originals)}
+        fitting = {f: len(first) for f, both in known.items() for first in both if first and first <= held}
+        best = [f for f, count in fitting.items() if count == max(fitting.values())]
+        return f"set model.family: {' or '.join(best)}" if best and self.name not in best else otherwise
+
     def _diffusers_names(self, tensors: Mapping[str, Any]) -> bool:
         """Whether a file already uses the names of the diffusers class."""
-        first = self.spec.units[0].removesuffix("*")
-        return any(n.startswith(first) for n in tensors) and bool(self._missing_originals(tensors))
+        if self.originals is None:
+            return any(n.startswith(self.spec.units[0].removesuffix("*")) for n in tensors)
+        original, own = first_blocks(self.originals)
+        return not (own - original).isdisjoint(tensors) and bool(self._missing_originals(tensors))
 
     def _missing_originals(self, tensors: Mapping[str, Any]) -> list[str]:
         """Names of the first blocks of the original layout that a file lacks; what lies outside of blocks differs by variant."""

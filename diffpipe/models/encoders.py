@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -48,8 +48,8 @@ def diffusers_module() -> Any:
     return diffusers
 
 
-def load_components(blueprint: Blueprint, without: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Every component of a pipeline but ``without``: networks frozen, in evaluation mode, the VAE in float32, others in ``dtype``.
+def load_components(blueprint: Blueprint, without: Collection[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Every component of a pipeline but ``without``: networks frozen, in evaluation mode, those of media in float32, others in ``dtype``.
 
     Raises:
         CheckpointError: when a component is missing or cannot be read.
@@ -57,9 +57,9 @@ def load_components(blueprint: Blueprint, without: str, dtype: torch.dtype, devi
     diffusers_module()
     components: dict[str, Any] = {}
     for name, component in blueprint.items():
-        if name == without:
+        if name in without:
             continue
-        loaded = load_component(component, torch.float32 if name == "vae" else dtype, blueprint)
+        loaded = load_component(component, torch.float32 if name.startswith(ROLES["media"]) else dtype, blueprint)
         components[name] = loaded.requires_grad_(False).eval().to(device) if isinstance(loaded, torch.nn.Module) else loaded
     return components
 
@@ -70,7 +70,11 @@ def load_component(component: Component, dtype: torch.dtype, blueprint: Blueprin
     Raises:
         CheckpointError: when it is missing or cannot be read.
     """
-    kind: Any = getattr(import_module(component.library), component.kind)
+    library = import_module(component.library)
+    kind: Any = getattr(library, component.kind)
+    if "image_processor" in component.name:
+        # The one that resizes with Pillow, as when the models were released, whether torchvision is there or not.
+        kind = getattr(library, f"{component.kind}Pil", kind)
     network = issubclass(kind, torch.nn.Module)
     try:
         if component.file is not None and network:
@@ -185,15 +189,15 @@ def _clip_vocabulary(merges: list[tuple[str, ...]]) -> dict[str, int]:
 # -- identity --------------------------------------------------------------------------------------------------------
 
 
-def fingerprint(blueprint: Blueprint, role: str, without: str) -> str:
-    """A hash of the components of a role: their configs, and names, sizes and evenly spaced pieces of their files.
+def fingerprint(blueprint: Blueprint, role: str, without: Collection[str]) -> str:
+    """A hash of a role's components but ``without``: their configs, and names, sizes and evenly spaced pieces of their files.
 
     Pieces rather than every byte: reading a 20 GB text encoder at every start would take longer than encoding a
     small data set, and weights that were trained further differ everywhere.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, component in blueprint.items():
-        if name == without or not name.startswith(ROLES[role]):
+        if name in without or not name.startswith(ROLES[role]):
             continue
         digest.update(f"{name} {component.kind} {json.dumps(component.config, sort_keys=True)}".encode())
         if component.file is not None:

@@ -43,9 +43,7 @@ class Flux(DiffusionModel):
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C h w, the mode of the posterior: the same picture always gives the same latents."""
-        vae = encoders.vae
-        mode = vae.encode(pixels[:, :, 0].to(encoders.device, vae.dtype)).latent_dist.mode()
-        return {"latents": ((mode - vae.config.shift_factor) * vae.config.scaling_factor).float().cpu()}
+        return {"latents": latents_of(encoders, pixels)}
 
     def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
         """``text`` L D from T5 (at most 512 tokens, padded), ``pooled`` D from CLIP."""
@@ -84,6 +82,13 @@ class Flux(DiffusionModel):
             "guidance": torch.full((count,), self.config.guidance) if self.denoiser_config["guidance_embeds"] else None,
         }
         return inputs, [(pack(e - clean), None)]
+
+
+def latents_of(encoders: Encoders, pixels: Tensor) -> Tensor:
+    """B C h w, the mode of the posterior for pictures B C 1 H W, shifted and scaled as the VAE's config says."""
+    vae = encoders.vae
+    mode = vae.encode(pixels[:, :, 0].to(encoders.device, vae.dtype)).latent_dist.mode()
+    return ((mode - vae.config.shift_factor) * vae.config.scaling_factor).float().cpu()
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffpipe.errors import CheckpointError, DiffpipeError
 
-NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+NUMBER = re.compile(r"(?<=[.a-z])\d+(?=\.)")  # also of names that put it at the end of a word, as Cosmos' blocks.block0
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -29,6 +29,7 @@ class Originals:
         config: what the converter asks of the config.
         convert: the converter, where it is not the one that diffusers registers for the class.
         repeats: a name whose first number counts blocks begins with a word that ends like this.
+        inside: the word right before the number that counts blocks, where that is not the first number, as in a UNet.
         ignored: patterns of names that files hold and the model has no use for.
     """
 
@@ -37,14 +38,21 @@ class Originals:
     config: Mapping[str, Any] = field(default_factory=dict)
     convert: Callable[..., dict[str, Tensor]] | None = None
     repeats: tuple[str, ...] = ("blocks",)
+    inside: str | None = None
     ignored: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.shapes)
 
+    def number(self, name: str) -> re.Match[str] | None:
+        """Where a name, original or diffusers', counts blocks."""
+        if self.inside is not None:
+            return re.search(rf"(?<=\.{re.escape(self.inside)}\.)\d+(?=\.)", name)
+        return NUMBER.search(name) if name.split(".")[0].endswith(self.repeats) else None
+
     def in_block(self, name: str) -> bool:
-        """Whether the first number in a name, original or diffusers', counts blocks."""
-        return name.split(".")[0].endswith(self.repeats)
+        """Whether a name, original or diffusers', counts blocks."""
+        return self.number(name) is not None
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,12 @@ def _template(originals: Originals) -> NameMap:
     return {_general(name, originals): [piece for _, piece in sorted(found, key=lambda r: r[0])] for name, found in runs.items() if found}
 
 
+def first_blocks(originals: Originals) -> tuple[set[str], set[str]]:
+    """The names in the first block of each kind: the original ones, and diffusers'."""
+    blocks = {name: pieces for name, pieces in _template(originals).items() if "{n}" in name}
+    return {_fill(name, "0") for name in blocks}, {_fill(p.name, "0") for pieces in blocks.values() for p in pieces}
+
+
 def converter(originals: Originals) -> Callable[..., dict[str, Tensor]]:
     """Turns original names into diffusers names."""
     if originals.convert is not None:
@@ -147,8 +161,9 @@ def converter(originals: Originals) -> Callable[..., dict[str, Tensor]]:
 
 
 def _general(name: str, originals: Originals) -> str:
-    """The name with its first number, a block's, as ``{n}``; later numbers are places inside the block."""
-    return NUMBER.sub("{n}", name, count=1) if originals.in_block(name) else name
+    """The name with a block's number as ``{n}``; other numbers are places inside the block, or of what holds it."""
+    number = originals.number(name)
+    return name if number is None else f"{name[: number.start()]}{{n}}{name[number.end() :]}"
 
 
 def to_original(tensors: Mapping[str, Tensor], names: NameMap) -> dict[str, Tensor]:

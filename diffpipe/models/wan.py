@@ -46,6 +46,9 @@ class Wan(DiffusionModel):
     pipeline = "WanPipeline"
     originals = Originals(denoiser, original_shapes)
 
+    def other_family(self, config: Mapping[str, Any]) -> str | None:
+        return "wan-i2v" if config.get("image_dim") else None
+
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C f h w, the mode of the posterior, each channel to mean 0 and deviation 1."""
         frames = pixels.shape[2]

@@ -17,10 +17,15 @@ from diffpipe.models.names import NameMap, converter, original_names, to_diffuse
 
 # By family: changes of the shipped config that make another released variant, and the number of tensors in its single file.
 RELEASED: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
+    # 20 tensors in each of 19 double blocks, 6 in each of 38 single ones, 29 in distilled_guidance_layer and 6 beside them, counted in
+    # lodestone-rock/flow's src/models/chroma/model.py.
+    "chroma": {"1": ({}, 643)},
     "flux": {"dev": ({}, 780), "schnell": ({"guidance_embeds": False}, 776)},
     # 25 tensors in each of 28 or 48 blocks and 15 outside of them, counted in ComfyUI's comfy/ldm/lightricks/model.py.
     "ltx-video": {"2b": ({}, 715), "13b": ({"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}, 1215)},
     "wan": {"14b": ({}, 1095), "1.3b": ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 825)},
+    # Text to video's 1095, 5 more in each of 40 blocks and 8 of img_emb, counted in wan/modules/model.py.
+    "wan-i2v": {"14b": ({}, 1303)},
 }
 CASES = [pytest.param(f, *case, id=f"{f}-{v}") for f, variants in sorted(RELEASED.items()) for v, case in variants.items()]
 
