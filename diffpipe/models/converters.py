@@ -18,6 +18,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "vae": ("first_stage_model.", "vae."),
     "text_encoder": ("conditioner.embedders.0.transformer.", "cond_stage_model.", "text_encoders."),
     "text_encoder_2": ("conditioner.embedders.1.model.",),
+    "image_encoder": ("visual.",),
 }
 NOT_NETWORK = ("spiece_model", "logit_scale", "position_ids")  # what files hold beside a network's weights
 
@@ -91,10 +92,44 @@ def _wan_umt5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return named
 
 
+def _wan_clip(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The picture half of Alibaba's own CLIP, as in the official .pth and Kijai's file."""
+    outside = {"patch_embedding.": "embeddings.patch_embedding.", "pre_norm.": "pre_layrnorm.", "post_norm.": "post_layernorm."}
+    inside = {
+        "norm1.": "layer_norm1.",
+        "norm2.": "layer_norm2.",
+        "attn.proj.": "self_attn.out_proj.",
+        "mlp.0.": "mlp.fc1.",
+        "mlp.2.": "mlp.fc2.",
+    }
+    named: Tensors = {
+        "embeddings.class_embedding": tensors.pop("cls_embedding").flatten(),
+        "embeddings.position_embedding.weight": tensors.pop("pos_embedding").squeeze(0),
+    }
+    for name, tensor in tensors.items():
+        block, number, rest = name.split(".", 2) if name.startswith("transformer.") else ("", "", name)
+        layer = f"encoder.layers.{number}." if block else ""
+        old = next((o for o in (inside if block else outside) if rest.startswith(o)), None)
+        if old is not None:
+            named[layer + (inside if block else outside)[old] + rest.removeprefix(old)] = tensor
+        elif rest.startswith("attn.to_qkv."):
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                named[f"{layer}self_attn.{part}_proj.{rest.removeprefix('attn.to_qkv.')}"] = rows
+        elif name not in ("head", "log_scale"):  # of the comparison with captions
+            named[name] = tensor
+    return {f"vision_model.{n}": t for n, t in named.items()}
+
+
+def _clip_vision(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """A CLIPVisionModelWithProjection, as ComfyUI's clip_vision files are."""
+    return {n: t for n, t in tensors.items() if not n.startswith("visual_projection.")}
+
+
 # By class: a component of a name that only one kind of file has, and what turns such a file into the class' names.
 CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]] = {
     "AutoencoderKL": {"encoder.down.0.block": _ldm_vae},
     "AutoencoderKLLTXVideo": {"per_channel_statistics.": _ltx_vae},
     "AutoencoderKLWan": {"encoder.downsamples.": _wan_vae},
+    "CLIPVisionModel": {"cls_embedding": _wan_clip, "visual_projection.": _clip_vision},
     "UMT5EncoderModel": {"token_embedding.weight": _wan_umt5},
 }
