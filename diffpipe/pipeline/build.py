@@ -54,7 +54,7 @@ def choose_attention(kind: str) -> None:
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
-    """The whole model on meta, adapted and with only trained parameters requiring gradients, and its spans."""
+    """The whole model on meta, adapted, in the types it is kept in, with only trained parameters requiring gradients; and its spans."""
     whole = model.load_denoiser()
     if config.adapter is not None:
         ranks = resolve_targets(model, whole, config.adapter)
@@ -62,6 +62,7 @@ def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span
     else:
         whole.requires_grad_(True)
     _freeze(whole, config)
+    _set_types(whole, model, config)
     return whole, split(whole, model.spec, config.mesh)
 
 
@@ -76,14 +77,12 @@ def precision_of(config: Config, device: torch.device) -> Callable[[], AbstractC
 def read_weights(part: Part, model: DiffusionModel, config: Config, device: torch.device, progress: LoadProgress) -> None:
     """Fill what the part owns, one tensor at a time straight to the device, so that the host never holds two."""
     source = model.weights()
-    trainable = getattr(torch, config.model.trainable_dtype)
     wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta and not is_adapter(n)]
-    kinds = {name: trainable if t.requires_grad else model.dtype_of(base_name(name)) for name, t in wanted}
-    total = sum(t.numel() * kinds[name].itemsize for name, t in wanted)
+    total = sum(t.nbytes for _, t in wanted)
     done = 0
     for name, empty in wanted:
-        _place(part.model, name, source.read(base_name(name), kinds[name]).to(device))
-        done += empty.numel() * kinds[name].itemsize
+        _place(part.model, name, source.read(base_name(name), empty.dtype).to(device))
+        done += empty.nbytes
         progress(done, total)
     if config.adapter is not None:
         given = read_adapter(config.adapter.init, model) if config.adapter.init is not None else None
@@ -99,6 +98,14 @@ def _place(module: nn.Module, name: str, value: torch.Tensor) -> None:
         owner_module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
     else:
         owner_module._buffers[leaf] = value
+
+
+def _set_types(module: nn.Module, model: DiffusionModel, config: Config) -> None:
+    """Give weights on meta the types they are read in: on them depends what type a module's output has, and so what crosses a border."""
+    trainable = getattr(torch, config.model.trainable_dtype)
+    for name, parameter in module.named_parameters():
+        if not is_adapter(name):
+            parameter.data = parameter.data.to(trainable if parameter.requires_grad else model.dtype_of(base_name(name)))
 
 
 def _freeze(module: nn.Module, config: Config) -> None:

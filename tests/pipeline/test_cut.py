@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
+from diffpipe.config.schema import AdapterConfig, Config, ModelConfig, ObjectiveConfig
 from diffpipe.models import MODELS, make_model
-from diffpipe.models.adapters import attach, initialise, resolve_targets
+from diffpipe.models.adapters import attach, base_name, initialise, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
-from diffpipe.pipeline.cut import Fakes, Part, Probe, expand
+from diffpipe.pipeline.build import outline, precision_of, read_weights
+from diffpipe.pipeline.cut import Border, Fakes, Part, Probe, expand
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.stage import sum_errors
 from tests.families import filled, frames_of, microbatch
@@ -92,15 +93,53 @@ def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: Diffusio
         twins = [Part(copy.deepcopy(whole), model.spec, i, i + 1, fakes) for i in range(count)]
         for twin in twins:
             fakes.fill(twin)
-        borders = Probe(twins, fakes, nullcontext, model.spec.lengths).borders(inputs)
+        probe = Probe(twins, fakes, nullcontext, model.spec.lengths)
         payload: tuple[Tensor, ...] = ()
         layout = None
-        for i, border in enumerate(borders):
+        for i, border in enumerate(probe.borders(inputs)):
             sent, layout = Part(filled(copy.deepcopy(whole)), model.spec, i, i + 1, Fakes(CPU))(payload, layout, inputs)
-            assert [(t.shape, t.dtype, t.requires_grad) for t in sent] == [(t.shape, t.dtype, t.requires_grad) for t in border.tensors]
+            assert kinds(sent) == kinds(shortened(border, probe.unused(inputs)))
             assert layout == border.layout
             payload = tuple(t.detach().requires_grad_(t.requires_grad) for t in sent)
     assert targets
+
+
+def kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype, bool]]:
+    return [(t.shape, t.dtype, t.requires_grad) for t in tensors]
+
+
+def shortened(border: Border, unused: int) -> list[Tensor]:
+    """What crosses a border of a microbatch whose longest caption is ``unused`` shorter than could be."""
+    return [t if d is None else t.narrow(d, 0, t.shape[d] - unused) for t, d in zip(border.tensors, border.ragged, strict=True)]
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["full", "lora"])
+def test_a_probe_knows_the_types_that_mixed_precision_makes(model: DiffusionModel, adapter: dict[str, int] | None) -> None:
+    raw = {
+        "run": {"steps": 1},
+        "mesh": {"stages": 2},
+        "model": {"family": model.name, "path": model.config.path, "dtype": "bfloat16"},
+        "adapter": adapter,
+        "data": {"folders": [{"path": "unused"}]},
+    }
+    config = Config.model_validate(raw)
+    model = make_model(config.model, config.objective)
+    whole, spans = outline(config, model)
+    precision, fakes = precision_of(config, CPU), Fakes(CPU)
+    twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans]
+    for twin in twins:
+        fakes.fill(twin)
+    inputs, _ = microbatch(model, frames=frames_of(model))
+    probe = Probe(twins, fakes, precision, model.spec.lengths)
+    part = Part(whole, model.spec, *spans[0], Fakes(CPU))
+    read_weights(part, model, config, CPU, lambda done, total: None)
+    weights = dict(part.model.named_parameters())
+    assert {n: p.dtype for n, p in weights.items()} == {
+        n: torch.float32 if p.requires_grad else model.dtype_of(base_name(n)) for n, p in weights.items()
+    }
+    with precision():
+        sent, _ = part((), None, inputs)
+    assert kinds(sent) == kinds(shortened(probe.borders(inputs)[0], probe.unused(inputs)))
 
 
 def test_parameter_names_are_those_of_diffusers(model: DiffusionModel) -> None:
