@@ -37,9 +37,12 @@ def deltas(tensors: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
 
 
 LOADED = [
+    pytest.param("chroma", "diffusers", id="chroma"),
     pytest.param("flux", "diffusers", id="flux"),
     pytest.param("wan", "diffusers", id="wan"),
     pytest.param("wan", "comfyui", id="wan-original-names"),
+    pytest.param("wan-i2v", "diffusers", id="wan-i2v"),
+    pytest.param("wan-i2v", "comfyui", id="wan-i2v-original-names"),
 ]
 
 
