@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,26 +15,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from diffpipe.config.schema import Config, FolderConfig
+from diffpipe.config.schema import Config, FolderBase
 from diffpipe.data.buckets import Bucket, make_buckets
-from diffpipe.data.cache import Cache, ShardWriter, key_of
+from diffpipe.data.cache import UNFINISHED, Cache, ShardWriter, key_of, writing_to
+from diffpipe.data.captions import variants
 from diffpipe.data.dataset import Sample, Samples
-from diffpipe.data.media import PIXELS, read
-from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Remembered, scan
+from diffpipe.data.files import File
+from diffpipe.data.media import PIXELS, read, read_mask
+from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Found, Remembered, scan
+from diffpipe.data.workers import told_of_death, worker_context
 from diffpipe.errors import DiffpipeError, MediaError
-from diffpipe.models.base import DiffusionModel
+from diffpipe.models.base import DiffusionModel, Geometry
 
-AHEAD = 2  # files decoded while another is encoded
+CLAIM = 8  # entries that a rank takes from the common work at a time
 
 
 @dataclass(frozen=True)
 class EncodeProgress:
-    """How far one rank's share of a task is.
+    """How far a task is.
 
     Attributes:
         task: "scan", "encode media" or "encode captions".
-        samples_per_second: since the task began.
+        done, total: of all ranks together where the work is shared out as it is done, else of this rank's share.
+        samples_per_second: of this rank, since the task began.
     """
 
     task: str
@@ -52,9 +58,10 @@ class Report:
 
     Attributes:
         files: media files that became samples.
-        samples: one for each file and resolution.
-        encoded, reused: entries of media and captions made now, and found in the cache.
+        samples: one for each file (or clip of it) and resolution.
+        encoded, reused: entries of media, masks and captions made now, and found in the cache.
         dropped: files left out, each with its reason.
+        captionless: files that train without a caption.
         damaged: cache shards that could not be read; what they held was made again.
     """
 
@@ -63,6 +70,7 @@ class Report:
     encoded: int = 0
     reused: int = 0
     dropped: list[Dropped] = field(default_factory=list)
+    captionless: list[File] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)
     buckets: dict[Bucket, int] = field(default_factory=dict)
 
@@ -77,11 +85,14 @@ class Report:
             f"{self.encoded} entries encoded, {self.reused} found in the cache"
         ]
         text += [f"  bucket {bucket}: samples {count}" for bucket, count in sorted(self.buckets.items())]
-        text += [f"left out: {d.path}: {d.reason}" for d in self.faults]
+        text += [f"left out: {d.file}: {d.reason}" for d in self.faults]
         others = Counter(
-            f"{d.reason} ({d.path.suffix or 'no suffix'})" if d.reason == NOT_MEDIA else d.reason for d in self.dropped if not d.fault
+            f"{d.reason} ({d.file.suffix or 'no suffix'})" if d.reason == NOT_MEDIA else d.reason for d in self.dropped if not d.fault
         )
         text += [f"not used: {count} x {reason}" for reason, count in sorted(others.items())]
+        if self.captionless:
+            some = ", ".join(f.name for f in self.captionless[:3])
+            text.append(f"warning: {len(self.captionless)} files have no caption and train with an empty one, such as {some}")
         text += [f"damaged cache shard, not used: {path}" for path in self.damaged]
         return text
 
@@ -89,21 +100,23 @@ class Report:
 def prepare_data(
     config: Config,
     model: DiffusionModel,
-    folders: Sequence[FolderConfig],
+    folders: Sequence[FolderBase],
     *,
     device: torch.device,
     rank: int = 0,
     world: int = 1,
     exchange: Exchange = lambda value: [value],
     progress: ShowProgress = lambda p: None,
+    again: bool = False,
 ) -> tuple[Samples, Report]:
     """The samples of ``folders``, encoded where the cache does not hold them yet.
 
-    All ranks call it together and get the same samples; each scans and encodes a share. Faults of files are
-    collected, and what could be encoded stays cached whatever the outcome.
+    All ranks call it together and get the same samples; each scans a share, and encodes as much as it gets to. Faults
+    of files are collected, and what could be encoded stays cached whatever the outcome.
 
     Args:
         exchange: gathers every rank's value, in the order of ranks.
+        again: encode what the cache holds too.
 
     Raises:
         DiffpipeError: on every rank alike: with ``on_error: fail``, one that lists all faults; when no sample is
@@ -111,8 +124,49 @@ def prepare_data(
     """
     folder = cache_folder(config)
     memory = Remembered(folder / "files.json")
-    found = scan(
+    found = look(config, model, folders, memory, rank, world, exchange, progress)
+    entries, misplaced = place(found.clips, config, model, folders)
+    cache = Cache(folder)
+    tasks = _tasks(entries, model)
+    wanted = list(tasks)
+    missing = set(wanted) if again else cache.missing(wanted)
+    claims = _Claims(folder, exchange(os.urandom(8).hex())[0])
+    encoder = _Encoder(config, model, device, claims, rank, progress)
+    faults = _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing]))
+    _agree(exchange, lambda: memory.save(found.clips) if rank == 0 else None)
+    cache.refresh()
+    _agree(exchange, lambda: _settle(cache, claims) if rank == 0 else None)
+    bad = {d.file for d in faults}
+    kept = [e for e in entries if e.file not in bad]
+    held = set(_tasks(kept, model))
+    report = Report(
+        files=len({e.file for e in kept}),
+        samples=len(kept),
+        encoded=len(missing & held),
+        reused=len(held - missing),
+        dropped=found.dropped + misplaced + sorted(faults, key=lambda d: d.file),
+        captionless=found.captionless,
+        damaged=cache.damaged,
+        buckets=dict(Counter(e.bucket for e in kept)),
+    )
+    _judge(report, kept, config, held, cache)
+    return make_samples(kept, cache, model), report
+
+
+def look(
+    config: Config,
+    model: DiffusionModel,
+    folders: Sequence[FolderBase],
+    memory: Remembered,
+    rank: int = 0,
+    world: int = 1,
+    exchange: Exchange = lambda value: [value],
+    progress: ShowProgress = lambda p: None,
+) -> Found:
+    """What the folders hold."""
+    return scan(
         folders,
+        config.data.of,
         takes_video=model.geometry.fps is not None,
         memory=memory,
         rank=rank,
@@ -120,58 +174,77 @@ def prepare_data(
         exchange=exchange,
         progress=_clocked("scan", rank, progress),
     )
-    entries, misplaced = _place(found.clips, config, model)
-    cache = Cache(folder)
-    wanted = {e.media for e in entries} | {e.text for e in entries}
-    missing = {k for k in wanted if k not in cache}
-    encoder = _Encoder(config, model, device, missing, rank, world, progress)
-    faults = _agree(exchange, lambda: encoder.run(entries))
-    _agree(exchange, lambda: memory.save((c.path, c.info, c.digest) for c in found.clips) if rank == 0 else None)
-    cache.refresh()
-    bad = {d.path for d in faults}
-    kept = [e for e in entries if e.path not in bad]
-    dropped = found.dropped + misplaced + sorted(faults, key=lambda d: d.path)
-    held = {e.media for e in kept} | {e.text for e in kept}
-    report = Report(
-        files=len({e.path for e in kept}),
-        samples=len(kept),
-        encoded=len(missing & held),
-        reused=len(held - missing),
-        dropped=dropped,
-        damaged=cache.damaged,
-        buckets=dict(Counter(e.bucket for e in kept)),
-    )
-    _judge(report, kept, config, held, cache)
-    return Samples(kept, cache.only(held)), report
+
+
+def make_samples(entries: list[Sample], cache: Cache, model: DiffusionModel) -> Samples:
+    """The samples over a cache that holds them."""
+    empty = _text_key("", model) if any(e.dropout for e in entries) else None
+    return Samples(entries, cache, empty, model.geometry.spatial)
 
 
 def cache_folder(config: Config) -> Path:
     return config.data.cache_dir or config.output_dir / "cache"
 
 
-def _place(clips: Sequence[Clip], config: Config, model: DiffusionModel) -> tuple[list[Sample], list[Dropped]]:
-    """One sample for each clip and resolution, with the keys of its entries."""
-    buckets = make_buckets(config.data, model.geometry)
-    seen_by, said_by = model.identity("media"), model.identity("text")
+def _settle(cache: Cache, claims: _Claims) -> None:
+    cache.write_index()
+    claims.close()
+
+
+def place(
+    clips: Sequence[Clip], config: Config, model: DiffusionModel, folders: Sequence[FolderBase]
+) -> tuple[list[Sample], list[Dropped]]:
+    """One sample for each clip, part of it and resolution, with the keys of its entries."""
+    options = [config.data.of(f) for f in folders]
+    buckets = [make_buckets(o, model.geometry) for o in options]
+    seen_by, rate = model.identity("media"), model.geometry.fps
+    keys: dict[str, str] = {}
     entries, dropped = [], []
     for clip in clips:
+        said = options[clip.folder].captions
         try:
-            for bucket in buckets.place(clip.info):
-                rate = f" start at {model.geometry.fps:g} fps" if clip.info.kind == "video" else ""
-                media = key_of("media", clip.digest, f"{bucket} centre{rate} pixels {PIXELS}", seen_by)
-                text = key_of("text", clip.caption, said_by)
-                source = (clip.info.height, clip.info.width)
-                entries.append(Sample(clip.path, clip.caption, bucket, clip.repeats, media, text, source))
+            for span in clip.spans:
+                shown = tuple(v for text in span.texts or ("",) for v in variants(text, said))
+                for text in shown:
+                    keys.setdefault(text, _text_key(text, model))
+                for placed in buckets[clip.folder].place(clip.info, span.start, span.end):
+                    bucket, start = placed.bucket, placed.start
+                    when = "" if start is None else f" from {start:.6f} s at {rate:g} fps"
+                    mask = None
+                    if clip.mask is not None:
+                        mask = key_of(
+                            "mask", clip.mask[1], f"{bucket.height}x{bucket.width} cells {model.geometry.spatial} pixels {PIXELS}"
+                        )
+                    entries.append(
+                        Sample(
+                            file=clip.file,
+                            captions=shown,
+                            bucket=bucket,
+                            repeats=folders[clip.folder].repeats,
+                            media=key_of("media", clip.digest, f"{bucket} centre{when} pixels {PIXELS}", seen_by),
+                            texts=tuple(keys[text] for text in shown),
+                            mask=mask,
+                            mask_file=clip.mask[0] if clip.mask is not None else None,
+                            source=(clip.info.height, clip.info.width),
+                            start=start,
+                            dropout=said.dropout,
+                        )
+                    )
         except MediaError as fault:
-            dropped.append(Dropped.of(clip.path, fault))
-    return entries, dropped
+            dropped.append(Dropped.of(clip.file, fault))
+    bad = {d.file for d in dropped}
+    return [e for e in entries if e.file not in bad], dropped
+
+
+def _text_key(text: str, model: DiffusionModel) -> str:
+    return key_of("text", text, model.identity("text"))
 
 
 def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], cache: Cache) -> None:
     """Raise when the data cannot be trained on as the config wants it."""
     faults = report.faults
     if faults and config.data.on_error == "fail":
-        listed = "\n".join(f"  {d.path}: {d.reason}" for d in faults)
+        listed = "\n".join(f"  {d.file}: {d.reason}" for d in faults)
         count = "1 file is" if len(faults) == 1 else f"{len(faults)} files are"
         raise MediaError(
             f"{count} not usable\n{listed}",
@@ -182,7 +255,7 @@ def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], c
         reasons = Counter(d.reason for d in report.dropped)
         told = "; ".join(f"{n} x {reason}" for reason, n in reasons.most_common(5))
         raise DiffpipeError(f"no sample is left: {told}", where="data.folders", fix="see the list of reasons")
-    lost = [k for k in held if k not in cache]
+    lost = cache.missing(held)
     if lost:
         raise DiffpipeError(
             f"{len(lost)} of {len(held)} entries are missing after encoding",
@@ -206,82 +279,186 @@ def _agree(exchange: Exchange, work: Callable[[], list[Dropped] | None]) -> list
     return [d for share, _ in shares for d in share]
 
 
+# -- the work --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One entry to make.
+
+    Attributes:
+        kind: "media", "mask" or "text".
+        sample: the first that needs it.
+        text: the caption.
+    """
+
+    key: str
+    kind: str
+    sample: Sample | None = None
+    text: str = ""
+
+
+def _tasks(entries: Sequence[Sample], model: DiffusionModel) -> dict[str, _Task]:
+    """Every entry that the samples need, by key: media in the order of buckets, so that equal shapes are encoded together."""
+    tasks: dict[str, _Task] = {}
+    for entry in sorted(entries, key=lambda e: e.bucket):
+        tasks.setdefault(entry.media, _Task(entry.media, "media", entry))
+    for entry in entries:
+        if entry.mask is not None:
+            tasks.setdefault(entry.mask, _Task(entry.mask, "mask", entry))
+        for key, text in zip(entry.texts, entry.captions, strict=True):
+            tasks.setdefault(key, _Task(key, "text", None, text))
+    if any(e.dropout for e in entries):
+        empty = _text_key("", model)
+        tasks.setdefault(empty, _Task(empty, "text"))
+    return tasks
+
+
+class _Claims:
+    """Shares a list of work out among ranks as they get to it: who makes a file of a number first does that part.
+
+    Files rather than messages, since ranks are busy encoding, and since the cache is a folder that all of them see.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder / f"{UNFINISHED}claims-{name}"
+
+    def take(self, kind: str, total: int, size: int = CLAIM) -> Iterator[range]:
+        """Parts of ``range(total)`` that no other rank has taken."""
+        with writing_to(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        for begin in range(0, total, size):
+            try:
+                with writing_to(self._folder):
+                    os.close(os.open(self._folder / f"{kind}-{begin}", os.O_CREAT | os.O_EXCL))
+            except DiffpipeError as fault:
+                if isinstance(fault.__cause__, FileExistsError):
+                    continue
+                raise
+            yield range(begin, min(begin + size, total))
+
+    def taken(self, kind: str, size: int = CLAIM) -> int:
+        """How much of the work of a kind is taken by now."""
+        try:
+            return size * sum(e.name.startswith(f"{kind}-") for e in os.scandir(self._folder))
+        except FileNotFoundError:
+            return 0
+
+    def close(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _Decoder(Dataset[Any]):
+    """Reads media in worker processes; gives what is wrong with a file instead of raising it."""
+
+    def __init__(self, tasks: Sequence[_Task], geometry: Geometry) -> None:
+        self._tasks, self._geometry = tasks, geometry
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | MediaError]:
+        task = self._tasks[index]
+        entry = task.sample
+        assert entry is not None
+        try:
+            if task.kind == "mask":
+                assert entry.mask_file is not None
+                return index, read_mask(entry.mask_file, entry.bucket, self._geometry.spatial, (entry.source[1], entry.source[0]))
+            fps = None if entry.start is None else self._geometry.fps
+            return index, read(entry.file, entry.bucket, fps, entry.start or 0.0)
+        except MediaError as fault:
+            return index, fault
+        except OSError as fault:
+            return index, MediaError(f"cannot be read: {fault.strerror or fault}", where=str(entry.file))
+
+
 class _Encoder:
-    """Encodes one rank's share of the missing entries."""
+    """Encodes what this rank takes of the missing entries."""
 
     def __init__(
-        self, config: Config, model: DiffusionModel, device: torch.device, missing: set[str], rank: int, world: int, progress: ShowProgress
+        self, config: Config, model: DiffusionModel, device: torch.device, claims: _Claims, rank: int, progress: ShowProgress
     ) -> None:
-        self._config, self._model, self._device, self._missing = config, model, device, missing
-        self._rank, self._world, self._progress = rank, world, progress
+        self._config, self._model, self._device, self._claims = config, model, device, claims
+        self._rank, self._progress = rank, progress
 
-    def run(self, entries: Sequence[Sample]) -> list[Dropped]:
-        """Write the share; gives the files that could not be decoded. The encoders are in memory only meanwhile."""
-        media = self._share({e.media: e for e in sorted(entries, key=lambda e: e.bucket)})
-        texts = self._share({e.text: e for e in entries})
-        if not media and not texts:
+    def run(self, tasks: Sequence[_Task]) -> list[Dropped]:
+        """Do it; gives the files that could not be decoded. The encoders are in memory only meanwhile."""
+        by_kind = {kind: [t for t in tasks if t.kind == kind] for kind in ("media", "mask", "text")}
+        if not tasks:
             return []
-        encoders = self._model.load_encoders(self._device)
+        encoders = self._model.load_encoders(self._device) if by_kind["media"] or by_kind["text"] else None
+        faults: dict[File, Dropped] = {}
         try:
             with torch.inference_mode(), ShardWriter(cache_folder(self._config)) as writer:
-                faults = self._media(media, encoders, writer)
-                self._texts(texts, encoders, writer)
+                self._media(by_kind["media"], encoders, writer, faults)
+                self._masks(by_kind["mask"], writer, faults)
+                self._texts(by_kind["text"], encoders, writer)
         finally:
             del encoders
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        return faults
-
-    def _share(self, by_key: dict[str, Sample]) -> list[Sample]:
-        return [e for k, e in by_key.items() if k in self._missing][self._rank :: self._world]
-
-    def _media(self, share: list[Sample], encoders: Any, writer: ShardWriter) -> list[Dropped]:
-        shown = _clocked("encode media", self._rank, self._progress)
-        faults: dict[Path, Dropped] = {}
-        done = 0
-        for group in _groups(self._decoded(share, faults), self._config.data.encode_batch):
-            pixels = [p for _, p in group if p is not None]
-            if pixels:
-                made = self._model.encode_media(encoders, torch.stack(pixels).to(self._device))
-                for i, (entry, _) in enumerate(group):
-                    writer.add(entry.media, {name: tensor[i] for name, tensor in made.items()})
-            done += len(group)
-            shown(done, len(share))
         return list(faults.values())
 
-    def _decoded(self, share: list[Sample], faults: dict[Path, Dropped]) -> Iterator[tuple[Sample, Tensor | None]]:
-        """Each entry with its pixels, or None when they cannot be read; a few files ahead of the one asked for."""
-        waiting: deque[tuple[Sample, Future[Tensor]]] = deque()
-        with ThreadPoolExecutor(AHEAD) as pool:
-            rest = iter(share)
-            while True:
-                while len(waiting) < AHEAD and (entry := next(rest, None)) is not None:
-                    waiting.append((entry, pool.submit(read, entry.path, entry.bucket, self._model.geometry.fps)))
-                if not waiting:
-                    return
-                entry, pixels = waiting.popleft()
-                try:
-                    yield entry, pixels.result()
-                except MediaError as fault:
-                    faults[entry.path] = Dropped.of(entry.path, fault)
-                    yield entry, None
+    def _media(self, tasks: Sequence[_Task], encoders: Any, writer: ShardWriter, faults: dict[File, Dropped]) -> None:
+        shown = _clocked("encode media", self._rank, self._progress)
+        own = 0
+        for group in _alike(self._decoded(tasks, "media", faults), self._config.data.encode_batch):
+            made = self._model.encode_media(encoders, torch.stack([pixels for _, pixels in group]))
+            for i, (task, _) in enumerate(group):
+                writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
+            own += len(group)
+            shown(min(max(self._claims.taken("media"), own), len(tasks)), len(tasks), own)
+        if tasks:
+            shown(len(tasks), len(tasks), own)
 
-    def _texts(self, share: list[Sample], encoders: Any, writer: ShardWriter) -> None:
+    def _masks(self, tasks: Sequence[_Task], writer: ShardWriter, faults: dict[File, Dropped]) -> None:
+        for task, mask in self._decoded(tasks, "mask", faults):
+            writer.add(task.key, {"mask": mask})
+
+    def _texts(self, tasks: Sequence[_Task], encoders: Any, writer: ShardWriter) -> None:
         shown = _clocked("encode captions", self._rank, self._progress)
-        step = self._config.data.encode_batch
-        for first in range(0, len(share), step):
-            group = share[first : first + step]
-            made = self._model.encode_text(encoders, [e.caption for e in group])
-            for i, entry in enumerate(group):
-                writer.add(entry.text, {name: tensor[i] for name, tensor in made.items()})
-            shown(first + len(group), len(share))
+        step, own = self._config.data.encode_batch, 0
+        for part in self._claims.take("text", len(tasks)):
+            for first in range(part.start, part.stop, step):
+                group = tasks[first : min(first + step, part.stop)]
+                made = self._model.encode_text(encoders, [t.text for t in group])
+                for i, task in enumerate(group):
+                    writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
+                own += len(group)
+                shown(min(max(self._claims.taken("text"), own), len(tasks)), len(tasks), own)
+
+    def _decoded(self, tasks: Sequence[_Task], kind: str, faults: dict[File, Dropped]) -> Iterator[tuple[_Task, Tensor]]:
+        """What this rank takes of the tasks, decoded by worker processes a little ahead of the encoder."""
+        if not tasks:
+            return
+        workers = min(self._config.data.encode_workers, len(tasks))
+        order = (i for part in self._claims.take(kind, len(tasks)) for i in part)
+        loader = DataLoader(
+            _Decoder(tasks, self._model.geometry),
+            sampler=order,  # pyright: ignore[reportArgumentType] - any iterable serves
+            batch_size=None,
+            num_workers=workers,
+            multiprocessing_context=worker_context() if workers else None,
+            generator=torch.Generator().manual_seed(0),  # the global one belongs to the training
+        )
+        decoded = iter(loader)
+        while True:
+            with told_of_death("data.encode_workers"):
+                found = next(decoded, None)
+            if found is None:
+                return
+            index, pixels = found
+            task = tasks[index]
+            if isinstance(pixels, MediaError):
+                assert task.sample is not None
+                faults[task.sample.file] = Dropped.of(task.sample.file, pixels)
+            else:
+                yield task, pixels
 
 
-def _groups(entries: Iterator[tuple[Sample, Tensor | None]], size: int) -> Iterator[list[tuple[Sample, Tensor | None]]]:
-    """Consecutive entries that can be encoded at once: same bucket, at most ``size``; unreadable ones by themselves."""
-    for _, run in groupby(entries, key=lambda pair: (pair[0].bucket, pair[1] is None)):
-        group: list[tuple[Sample, Tensor | None]] = []
+def _alike(decoded: Iterator[tuple[_Task, Tensor]], size: int) -> Iterator[list[tuple[_Task, Tensor]]]:
+    """Consecutive entries that can be encoded at once: same shape, at most ``size``."""
+    for _, run in groupby(decoded, key=lambda pair: (pair[1].shape, pair[0].sample and pair[0].sample.bucket)):
+        group: list[tuple[_Task, Tensor]] = []
         for pair in run:
             group.append(pair)
             if len(group) == size:
@@ -291,10 +468,11 @@ def _groups(entries: Iterator[tuple[Sample, Tensor | None]], size: int) -> Itera
             yield group
 
 
-def _clocked(task: str, rank: int, progress: ShowProgress) -> Callable[[int, int], None]:
+def _clocked(task: str, rank: int, progress: ShowProgress) -> Callable[..., None]:
     began = time.monotonic()
 
-    def show(done: int, total: int) -> None:
-        progress(EncodeProgress(task, done, total, rank, done / max(time.monotonic() - began, 1e-6)))
+    def show(done: int, total: int, own: int | None = None) -> None:
+        rate = (done if own is None else own) / max(time.monotonic() - began, 1e-6)
+        progress(EncodeProgress(task, done, total, rank, rate))
 
     return show

@@ -150,7 +150,16 @@ class Trainer:
             replicas=mesh.replicas,
         )
         self.total = total_steps(config, sampler)
-        self.loader = make_loader(samples, sampler, model, micro=micro, seed=seed, workers=config.data.workers)
+        self.loader = make_loader(
+            samples,
+            sampler,
+            model,
+            micro=micro,
+            seed=seed,
+            workers=config.data.workers,
+            normalize_masks=config.data.normalize_masks,
+            pinned=mesh.device.type == "cuda",
+        )
         self.step = 0
         self.saved_at = time.monotonic()
         if run.resumed is not None:
@@ -254,6 +263,7 @@ class Trainer:
                 seed=self.config.run.seed,
                 replica=self.mesh.replica,
                 replicas=self.mesh.replicas,
+                normalize_masks=self.config.data.normalize_masks,
             ):
                 loss = self.pipeline.evaluate(batch.microbatches).item()
                 quantile = batch.quantile or 0.0

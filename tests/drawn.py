@@ -133,7 +133,7 @@ def together(world: int, work: Callable[[int, Callable[[Any], list[Any]]], Any])
 
 def config_of(folder: Path, output: Path, **data: Any) -> Config:
     """A config that trains on one folder."""
-    settings = {"folders": [{"path": str(folder)}], "resolutions": [64], **data}
+    settings = {"folders": [{"path": str(folder)}], "resolutions": [64], "encode_workers": 0, **data}
     return Config.model_validate(
         {"output_dir": str(output), "run": {"steps": 1}, "model": {"family": "pool", "path": "none"}, "data": settings}
     )

@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from diffpipe.data.buckets import Bucket
 from diffpipe.data.dataset import Samples, stack
 from diffpipe.encode import EncodeProgress, Report, prepare_data
 from diffpipe.errors import DiffpipeError, MediaError
+from diffpipe.flow import Key
 from diffpipe.models.base import DiffusionModel
 from tests.drawn import PicturePool, Pool, config_of, draw_clip, draw_image, together
 
@@ -54,25 +56,30 @@ def log_of(model: Pool) -> Counter[str]:
 
 
 def same(a: Samples, b: Samples) -> bool:
-    return len(a) == len(b) and all(a[i].keys() == b[i].keys() and all(torch.equal(a[i][n], b[i][n]) for n in a[i]) for i in range(len(a)))
+    rows = [(row(a, i), row(b, i)) for i in range(min(len(a), len(b)))]
+    return len(a) == len(b) and all(x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) for x, y in rows)
+
+
+def row(samples: Samples, index: int) -> dict[str, torch.Tensor]:
+    return samples.read(index, Key(0, 0, index, 0))
 
 
 def test_images_and_videos_become_samples_of_one_run(tmp_path: Path, media: Path) -> None:
     samples, report = prepare(config_of(media, tmp_path / "out", frames=[1, 17, 33]), Pool())
-    assert [e.path.name for e in samples.entries] == ["a.png", "b.jpg", "c.webp", "d.png", "e.mp4", "f.mp4"]
+    assert [e.file.name for e in samples.entries] == ["a.png", "b.jpg", "c.webp", "d.png", "e.mp4", "f.mp4"]
     assert [b.frames for b in samples.buckets] == [1, 1, 1, 1, 17, 33]
-    assert samples[5]["latents"].shape[:2] == (3, 9)
-    assert samples[1]["text"][0] == ord("a")
-    batch = stack([samples[0], samples[3]])
+    assert row(samples, 5)["latents"].shape[:2] == (3, 9)
+    assert row(samples, 1)["text"][0] == ord("a")
+    batch = stack([row(samples, 0), row(samples, 3)])
     assert batch["latents"].shape[0] == batch["text"].shape[0] == 2
     assert (report.files, report.samples, report.encoded, report.reused) == (6, 6, 6 + 5, 0)
 
 
 def test_latents_are_those_of_the_pixels_on_disk(tmp_path: Path, media: Path) -> None:
     samples, _ = prepare(config_of(media, tmp_path / "out", frames=[1, 17]), Pool())
-    blue = [(samples[i]["latents"][2].mean().item() + 1) * 127.5 for i in (0, 3)]
+    blue = [(row(samples, i)["latents"][2].mean().item() + 1) * 127.5 for i in (0, 3)]
     assert blue == pytest.approx([37, 37 * 4], abs=1)
-    grey = (samples[4]["latents"].mean((0, 2, 3)) + 1) * 127.5
+    grey = (row(samples, 4)["latents"].mean((0, 2, 3)) + 1) * 127.5
     assert torch.allclose(grey, torch.tensor([0.0, 10.0, 26.0, 42.0, 58.0]), atol=2)
 
 
@@ -93,7 +100,7 @@ def test_an_edited_caption_encodes_one_caption(tmp_path: Path, media: Path) -> N
     (media / "a.txt").write_text("a red fox")
     samples, report = prepare(config, model)
     assert log_of(model) == {"loaded": 1, "text": 1} and report.encoded == 1
-    assert samples.entries[0].caption == "a red fox"
+    assert samples.entries[0].captions[0] == "a red fox"
 
 
 def test_an_edited_image_is_encoded_again_and_a_moved_folder_is_not(tmp_path: Path, media: Path) -> None:
@@ -106,7 +113,7 @@ def test_an_edited_image_is_encoded_again_and_a_moved_folder_is_not(tmp_path: Pa
     draw_image(moved / "a.png", (80, 60), None, seed=9)
     after, _ = prepare(config_of(moved, tmp_path / "out", frames=[1, 17]), model)
     assert log_of(model) == {"loaded": 1, "media": 1}
-    assert not torch.equal(before[0]["latents"], after[0]["latents"])
+    assert not torch.equal(row(before, 0)["latents"], row(after, 0)["latents"])
 
 
 def test_another_encoder_never_reads_the_entries_of_this_one(tmp_path: Path, media: Path) -> None:
@@ -124,7 +131,7 @@ def test_another_encoder_never_reads_the_entries_of_this_one(tmp_path: Path, med
 def test_every_sample_trains_at_every_resolution(tmp_path: Path, media: Path) -> None:
     samples, report = prepare(config_of(media, tmp_path / "out", resolutions=[32, 64], frames=[1, 17]), Pool())
     assert len(samples) == 12 and report.files == 6
-    assert len({(e.path, e.bucket) for e in samples.entries}) == 12
+    assert len({(e.file, e.bucket) for e in samples.entries}) == 12
 
 
 def test_repeats_come_from_the_folder(tmp_path: Path) -> None:
@@ -138,7 +145,7 @@ def test_repeats_come_from_the_folder(tmp_path: Path) -> None:
 def spoil(media: Path) -> None:
     (media / "b.jpg").write_bytes((media / "b.jpg").read_bytes()[:400])
     (media / "c.txt").write_bytes(b"")
-    (media / "d.txt").unlink()
+    (media / "d.png").write_bytes(b"")
     (media / "e.mp4").write_bytes(b"no video")
     (media / "notes.md").write_text("x")
 
@@ -150,7 +157,7 @@ def test_all_faults_are_told_at_once_after_everything_was_tried(tmp_path: Path, 
         prepare(config, model)
     text = str(told.value)
     assert "5 files are not usable" in text and "on_error to skip" in text
-    for name in ("b.jpg", "c.txt", "d.txt", "e.mp4", "f.mp4"):
+    for name in ("b.jpg", "c.txt", "d.png", "e.mp4", "f.mp4"):
         assert name in text
     assert "81 frames" in text and "a.png" not in text and "notes.md" not in text
     assert log_of(model)["media"] == 1  # the good one stays cached
@@ -162,14 +169,14 @@ def test_all_faults_are_told_at_once_after_everything_was_tried(tmp_path: Path, 
 def test_skip_leaves_faulty_files_out_and_counts_them(tmp_path: Path, media: Path) -> None:
     spoil(media)
     samples, report = prepare(config_of(media, tmp_path / "out", frames=[1, 81], on_error="skip"), Pool())
-    assert [e.path.name for e in samples.entries] == ["a.png"]
+    assert [e.file.name for e in samples.entries] == ["a.png"]
     assert len(report.faults) == 5 and report.files == 1
     lines = "\n".join(report.lines())
     assert "left out" in lines and "e.mp4" in lines and "1 x not media (.md)" in lines
 
 
 def test_nothing_left_is_an_error_even_with_skip(tmp_path: Path) -> None:
-    draw_image(tmp_path / "media" / "a.png", caption=None)
+    draw_image(tmp_path / "media" / "a.png").write_bytes(b"")
     with pytest.raises(DiffpipeError, match="no sample is left"):
         prepare(config_of(tmp_path / "media", tmp_path / "out", on_error="skip"), Pool())
 
@@ -184,7 +191,7 @@ def test_batches_are_of_one_bucket_and_give_the_same_samples(tmp_path: Path, med
     model = Pool(tmp_path / "log")
     one, _ = prepare(config_of(media, tmp_path / "one", frames=[1, 17]), model)
     four, _ = prepare(config_of(media, tmp_path / "four", frames=[1, 17], encode_batch=4), model)
-    assert all(torch.allclose(one[i][n], four[i][n], atol=1e-6) for i in range(6) for n in one[i])
+    assert all(torch.allclose(row(one, i)[n], row(four, i)[n], atol=1e-6) for i in range(6) for n in row(one, i))
 
 
 def test_progress_is_told(tmp_path: Path, media: Path) -> None:
@@ -215,10 +222,81 @@ def test_all_ranks_fail_alike_when_one_meets_a_fault(tmp_path: Path, media: Path
     assert all(isinstance(g, MediaError) and "b.jpg" in str(g) for g in got) and str(got[0]) == str(got[1])
 
 
-def test_ranks_without_a_common_cache_are_told(tmp_path: Path, media: Path) -> None:
+def test_ranks_without_a_common_cache_encode_everything_each(tmp_path: Path, media: Path) -> None:
     configs = [config_of(media, tmp_path / f"machine{r}", frames=[1, 17]) for r in range(2)]
     got = together(2, lambda rank, exchange: prepare(configs[rank], Pool(), rank=rank, world=2, exchange=exchange))
-    assert all(isinstance(g, DiffpipeError) and "shared by all machines" in str(g) for g in got)
+    assert same(got[0][0], got[1][0]) and len(got[0][0]) == 6
+
+
+def test_workers_decode_what_one_process_would(tmp_path: Path, media: Path) -> None:
+    (media / "b.jpg").write_bytes((media / "b.jpg").read_bytes()[:400])
+    settings = {"frames": [1, 17], "on_error": "skip"}
+    alone, told = prepare(config_of(media, tmp_path / "alone", **settings), Pool())
+    shared, report = prepare(config_of(media, tmp_path / "shared", encode_workers=2, **settings), Pool())
+    assert same(alone, shared) and report.dropped == told.dropped
+
+
+def test_a_worker_that_is_killed_ends_caching_with_the_cure_and_keeps_what_was_encoded(tmp_path: Path) -> None:
+    folder = tmp_path / "media"
+    for i in range(40):
+        draw_image(folder / f"{i:02}.png", (64, 64), f"picture {i}", seed=i)
+
+    class Killer(Pool):
+        def encode_media(self, encoders: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            for process in psutil.Process().children(recursive=True):
+                if process.ppid() != os.getpid():  # workers are children of the server they are forked from
+                    process.kill()
+            return super().encode_media(encoders, pixels)
+
+    config = config_of(folder, tmp_path / "out", encode_workers=1)
+    with pytest.raises(DiffpipeError, match=r"data\.encode_workers: a worker process was ended from outside"):
+        prepare(config, Killer())
+    _, report = prepare(config_of(folder, tmp_path / "out"), Pool())
+    assert len(report.dropped) == 0 and report.samples == 40
+
+
+def test_variants_masks_and_the_empty_caption_are_cached_once(tmp_path: Path) -> None:
+    draw_image(tmp_path / "media" / "a.png", (64, 64), "red, fox, wood, snow")
+    draw_image(tmp_path / "media" / "b.png", (64, 64), "dog", seed=2)
+    draw_image(tmp_path / "masks" / "a.png", (64, 64), None)
+    folder = {"path": str(tmp_path / "media"), "masks": str(tmp_path / "masks")}
+    captions = {"prefix": "photo: ", "shuffle": 3, "keep": 1, "dropout": 0.1}
+    config = config_of(tmp_path / "media", tmp_path / "out", folders=[folder], captions=captions)
+    samples, report = prepare(config, Pool(tmp_path / "log"))
+    shown = samples.entries[0].captions
+    assert len(shown) == 3 and all(c.startswith("photo: red, ") for c in shown)
+    assert {tuple(sorted(c.removeprefix("photo: ").split(", "))) for c in shown} == {("fox", "red", "snow", "wood")}
+    assert samples.entries[1].captions == ("photo: dog",)
+    assert report.encoded == 2 + 1 + 3 + 1 + 1  # pictures, a mask, variants, the other caption, the empty one
+    assert row(samples, 0)["mask"].shape == (1, 8, 8) and row(samples, 1)["mask"].eq(1).all()
+    again, second = prepare(config, Pool(tmp_path / "log"))
+    assert second.encoded == 0 and [e.captions for e in again.entries] == [e.captions for e in samples.entries]
+
+
+def test_a_mask_of_another_size_is_a_fault_of_its_picture(tmp_path: Path) -> None:
+    draw_image(tmp_path / "media" / "a.png", (64, 64))
+    draw_image(tmp_path / "masks" / "a.png", (32, 64), None)
+    folder = {"path": str(tmp_path / "media"), "masks": str(tmp_path / "masks")}
+    with pytest.raises(MediaError, match=r"a\.png: a\.png: a mask of 32x64 for a picture of 64x64"):
+        prepare(config_of(tmp_path / "media", tmp_path / "out", folders=[folder]), Pool())
+
+
+def test_a_folders_keys_take_the_place_of_datas(tmp_path: Path) -> None:
+    draw_image(tmp_path / "one" / "a.png", (64, 64), "x")
+    draw_image(tmp_path / "two" / "b.png", (64, 64), "y")
+    folders = [{"path": str(tmp_path / "one"), "resolutions": [32]}, {"path": str(tmp_path / "two"), "captions": {"prefix": "z "}}]
+    samples, _ = prepare(config_of(tmp_path / "one", tmp_path / "out", folders=folders, captions={"prefix": "w "}), Pool())
+    assert [(str(e.bucket), e.captions) for e in samples.entries] == [("1x32x32", ("w x",)), ("1x64x64", ("z y",))]
+
+
+@pytest.mark.parametrize(("clips", "starts"), [("first", [0]), ("middle", [12]), ("all", [0, 17, 34]), ("cover", [0, 12, 25])])
+def test_clips_are_cut_out_of_a_longer_video(tmp_path: Path, clips: str, starts: list[int]) -> None:
+    draw_clip(tmp_path / "media" / "a.mp4", 42, 16)  # frame i is grey of value 4 i
+    samples, _ = prepare(config_of(tmp_path / "media", tmp_path / "out", frames=[5, 17], clips=clips), Pool())
+    entries = sorted(range(len(samples)), key=lambda i: samples.entries[i].start or 0)
+    first = [round((row(samples, i)["latents"][0, 0].mean().item() + 1) * 127.5 / 4) for i in entries]
+    assert first == pytest.approx(starts, abs=1)
+    assert [samples.entries[i].bucket.frames for i in entries] == ([17, 17, 5] if clips == "all" else [17] * len(starts))
 
 
 PROGRAM = """
@@ -280,7 +358,7 @@ def test_a_damaged_shard_is_encoded_again_and_told(tmp_path: Path, media: Path) 
     shard.write_bytes(shard.read_bytes()[:-8])
     samples, report = prepare(config, Pool())
     assert report.damaged == [shard] and "damaged" in "\n".join(report.lines())
-    assert len(samples) == 6 and samples[0]["latents"].isfinite().all()
+    assert len(samples) == 6 and row(samples, 0)["latents"].isfinite().all()
 
 
 def test_the_time_of_a_thousand_known_files_is_short(tmp_path: Path) -> None:

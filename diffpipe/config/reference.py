@@ -49,10 +49,10 @@ def _section(section: type[BaseModel], prefix: str, depth: int) -> Iterator[str]
     for name, field in section.model_fields.items():
         key = prefix + name
         yield from _comment(field, pad)
-        inner = next((a for a in _types(field.annotation) if isinstance(a, type) and issubclass(a, BaseModel)), None)
-        if inner is None:
+        inner, listed = _inner(field.annotation)
+        if inner is None or _elsewhere(field):
             yield f"{pad}{name}: {_flow(EXAMPLES.get(key, _default(field)))}"
-        elif "list[" in str(field.annotation):
+        elif listed:
             yield f"{pad}{name}:"
             lines = list(_section(inner, f"{key}.", depth + 2))
             first = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
@@ -66,11 +66,25 @@ def _section(section: type[BaseModel], prefix: str, depth: int) -> Iterator[str]
             yield ""
 
 
+def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section that a key holds, and whether it holds a list of them."""
+    for kind in _types(annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind, any(kind in get_args(t) for t in _types(annotation) if getattr(t, "__origin__", None) is list)
+    return None, False
+
+
+def _elsewhere(field: FieldInfo) -> bool:
+    """Whether a key only points to another one, which has the description."""
+    return (field.description or "").startswith("As ")
+
+
 def _comment(field: FieldInfo, pad: str) -> Iterator[str]:
     values = [str(v) for a in _types(field.annotation) for v in get_args(a) if isinstance(v, str)]
-    choices = f" One of: {', '.join(values)}." if values else ""
+    choices = f" One of: {', '.join(values)}." if values and not _elsewhere(field) else ""
     default = field.get_default(call_default_factory=True)
-    off = " Off (null) by default." if default is None and "null" not in (field.description or "") and not field.is_required() else ""
+    told = "null" in (field.description or "") or _elsewhere(field)
+    off = " Off (null) by default." if default is None and not told and not field.is_required() else ""
     for line in textwrap.wrap(f"{field.description}{choices}{off}", WIDTH - len(pad)):
         yield f"{pad}# {line}"
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -167,11 +167,6 @@ class ScheduleConfig(Section):
     warmup: int = Field(default=0, ge=0, description="Steps over which the rate rises linearly from lr/warmup to lr.")
 
 
-class FolderConfig(Section):
-    path: str = Field(description="Folder of images and videos with same-named .txt captions, or `toy:pictures`, `toy:clips`.")
-    repeats: Positive = Field(default=1, description="Times each sample is seen in an epoch.")
-
-
 class AspectConfig(Section):
     min: float = Field(default=0.5, gt=0, description="Smallest width/height.")
     max: float = Field(default=2.0, gt=0, description="Largest width/height.")
@@ -184,30 +179,102 @@ class AspectConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    folders: list[FolderConfig] = Field(min_length=1, description="Where the training media lie.")
+class CaptionConfig(Section):
+    extension: str = Field(
+        default=".txt", pattern=r"^\.\w+$", description="Ending of the caption file beside a media file, which has its stem."
+    )
+    prefix: str = Field(default="", description="Text put before every caption.")
+    shuffle: int = Field(
+        default=0,
+        ge=0,
+        description="Variants of each caption with its tags in a drawn order, of which one is shown at a time; 0 keeps it.",
+    )
+    delimiter: str = Field(default=",", min_length=1, description="What stands between tags.")
+    keep: int = Field(default=0, ge=0, description="Tags at the start that stay in their places.")
+    dropout: Fraction = Field(default=0.0, description="Share of showings with the empty caption instead, for classifier-free guidance.")
+
+
+Ratio = Annotated[float, Field(gt=0)]
+Size = Annotated[list[Positive], Field(min_length=2, max_length=3)]
+
+
+class MediaConfig(Section):
+    """What a folder may say for itself: a key set there takes the place of the same key of ``data``, as a whole."""
+
     resolutions: list[Positive] = Field(
         default_factory=lambda: [512],
         min_length=1,
         description="Sides of the square with a bucket's area, in pixels; every sample trains at each.",
     )
-    aspect: AspectConfig = Field(default_factory=AspectConfig, description="Aspect ratios of the buckets.")
+    aspect: AspectConfig | list[Ratio] = Field(
+        default_factory=AspectConfig, description="Aspect ratios of the buckets: a range, or a list of width/height."
+    )
+    sizes: list[Size] | None = Field(
+        default=None,
+        description="Buckets as [width, height] or [width, height, frames], instead of those that resolutions, aspect and frames make;"
+        " null leaves it to these.",
+    )
     frames: list[Positive] = Field(
         default_factory=lambda: [1],
         min_length=1,
         description="Frame counts of the buckets at the model's frame rate; images always use 1, a video the largest that fits.",
+    )
+    clips: Literal["first", "middle", "all", "cover"] = Field(
+        default="first",
+        description="What of a video longer than its bucket trains: the first or the middle clip, all side by side (the rest at the end in"
+        " a shorter bucket), or as many as show every frame, overlapping evenly.",
+    )
+    captions: CaptionConfig = Field(default_factory=CaptionConfig, description="Where captions lie and how they are changed.")
+    recursive: bool = Field(default=False, description="Search folders inside the folder too.")
+
+
+class FolderBase(Section):
+    path: str = Field(
+        description="Folder of images, videos and .tar shards with their captions (files of the same name, captions.json or"
+        " metadata.jsonl), or `toy:pictures`, `toy:clips`."
+    )
+    repeats: float = Field(default=1.0, gt=0, description="Times each sample is seen in an epoch; 0.5 shows each in every second epoch.")
+    masks: Path | None = Field(
+        default=None, description="Folder of masks, pictures of the same stem and size: white trains, black does not; null trains all."
+    )
+
+
+_OVERRIDES: dict[str, Any] = {
+    name: (field.annotation if field.default is None else field.annotation | None, Field(default=None, description=f"As data.{name}."))  # type: ignore[operator]
+    for name, field in MediaConfig.model_fields.items()
+}
+FolderConfig = create_model("FolderConfig", __base__=FolderBase, **_OVERRIDES)
+
+
+class DataConfig(MediaConfig):
+    folders: list[FolderConfig] = Field(  # pyright: ignore[reportInvalidTypeForm] - made from MediaConfig's fields
+        min_length=1, description="Where the training media lie. Null keys of a folder are those of data."
     )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="What a bad file does: `fail` ends caching with the list of all, `skip` leaves it out and counts it."
     )
     cache_dir: Path | None = Field(default=None, description="Where encoded latents and text are kept; null means OUTPUT_DIR/cache.")
     encode_batch: Positive = Field(default=1, description="Samples encoded at once while caching.")
+    encode_workers: int = Field(
+        default=2, ge=0, description="Processes per rank that decode media while caching; 0 decodes in the process that encodes."
+    )
     workers: int = Field(default=2, ge=0, description="Loader processes per rank; 0 loads in the training process.")
+    normalize_masks: bool = Field(
+        default=False, description="Divide a masked loss by the share of the picture that its mask leaves, so that small masks count fully."
+    )
+
+    def of(self, folder: FolderBase) -> MediaConfig:
+        """What holds for a folder: its own keys, and those of ``data`` where it has none."""
+        return MediaConfig.model_construct(
+            **{n: getattr(self, n) if (own := getattr(folder, n)) is None else own for n in MediaConfig.model_fields}
+        )
 
 
 class EvalSetConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in the metric eval/NAME/loss.")
-    folders: list[FolderConfig] = Field(min_length=1, description="Held-out media.")
+    folders: list[FolderConfig] = Field(  # pyright: ignore[reportInvalidTypeForm] - made from MediaConfig's fields
+        min_length=1, description="Held-out media, with the same keys as data.folders."
+    )
 
 
 class EvalConfig(Section):

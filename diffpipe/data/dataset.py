@@ -3,55 +3,89 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.cache import Cache
+from diffpipe.data.files import File
+from diffpipe.flow import Key
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One media file at one bucket.
+    """One picture or clip at one bucket.
 
     Attributes:
-        media, text: keys into the cache.
+        captions: what may be said of it, one at a time.
         repeats: times an epoch shows it.
+        media, texts, mask: keys into the cache; a text for each caption; no mask where all of the picture trains.
+        mask_file: where the mask is read from.
         source: (height, width) of the file's picture, seen upright.
+        start: seconds into the file at which its clip begins; None for an image.
+        dropout: share of showings with the empty caption.
     """
 
-    path: Path
-    caption: str
+    file: File
+    captions: tuple[str, ...]
     bucket: Bucket
-    repeats: int
+    repeats: float
     media: str
-    text: str
+    texts: tuple[str, ...]
+    mask: str | None = None
+    mask_file: File | None = None
     source: tuple[int, int] = (0, 0)
+    start: float | None = None
+    dropout: float = 0.0
 
 
 class Samples:
-    """All samples of a run, in an order that depends on the config and the folders alone."""
+    """All samples of a run, in an order that depends on the config and the folders alone.
 
-    def __init__(self, entries: list[Sample], cache: Cache) -> None:
-        self.entries, self._cache = entries, cache
+    Args:
+        empty: the cache key of the empty caption, where any sample drops its own.
+        cell: pixels of a latent cell, for samples without a mask among others with one.
+    """
+
+    def __init__(self, entries: list[Sample], cache: Cache, empty: str | None = None, cell: int = 8) -> None:
+        self.entries, self._cache, self._empty, self._cell = entries, cache, empty, cell
+        self._masked = any(e.mask is not None for e in entries)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The cached tensors of a sample, mapped from disk, and ``framing``: height and width of the picture as it was, top
-        and left of the crop in the picture as it was scaled, height and width of the bucket; 6 float32, in pixels."""
+    def read(self, index: int, key: Key) -> dict[str, Tensor]:
+        """The cached tensors of one showing of a sample, mapped from disk.
+
+        Beside what the family cached there is ``framing``: height and width of the picture as it was, top and left of
+        the crop in the picture as it was scaled, height and width of the bucket (6 float32, in pixels); and where any
+        sample has a mask, ``mask`` (1 h w).
+
+        Args:
+            key: decides which caption is shown, and whether it is dropped. An evaluation shows the first.
+        """
         entry = self.entries[index]
-        return {**self._cache[entry.media], **self._cache[entry.text], "framing": _framing(entry)}
+        row = {**self._cache[entry.media], **self._cache[self._text(entry, key)], "framing": _framing(entry)}
+        if self._masked:
+            cells = (1, entry.bucket.height // self._cell, entry.bucket.width // self._cell)
+            row["mask"] = torch.ones(cells) if entry.mask is None else self._cache[entry.mask]["mask"]
+        return row
+
+    def _text(self, entry: Sample, key: Key) -> str:
+        if key.quantile is not None:
+            return entry.texts[0]
+        dropped, chosen = torch.rand(2, generator=key.generator("caption")).tolist()
+        if dropped < entry.dropout and self._empty is not None:
+            return self._empty
+        return entry.texts[int(chosen * len(entry.texts))]
 
     @property
     def buckets(self) -> list[Bucket]:
         return [e.bucket for e in self.entries]
 
     @property
-    def repeats(self) -> list[int]:
+    def repeats(self) -> list[float]:
         return [e.repeats for e in self.entries]
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.dataset import Samples, stack
 from diffpipe.data.sampler import Step, StepSampler
+from diffpipe.data.workers import told_of_death, worker_context
 from diffpipe.flow import Key
 from diffpipe.models.base import DiffusionModel, Targets
 
@@ -41,16 +42,20 @@ class Batch:
     epoch_ends: bool
     quantile: float | None = None
 
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; called by torch's loader."""
+        return replace(self, microbatches=tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, self.microbatches))
+
 
 class Steps(Dataset[Batch]):
     """Makes a batch of a step; this is what runs in the workers."""
 
-    def __init__(self, samples: Samples, model: DiffusionModel, *, micro: int, seed: int) -> None:
-        self._samples, self._model, self._micro, self._seed = samples, model, micro, seed
+    def __init__(self, samples: Samples, model: DiffusionModel, *, micro: int, seed: int, normalize_masks: bool = False) -> None:
+        self._samples, self._model, self._micro, self._seed, self._normalize = samples, model, micro, seed, normalize_masks
 
     def __getitem__(self, step: Step) -> Batch:
         keys = [Key(self._seed, e.epoch, e.sample, e.repeat) for e in step.examples]
-        microbatches = _prepare(self._samples, self._model, [e.sample for e in step.examples], keys, self._micro)
+        microbatches = _prepare(self._samples, self._model, [e.sample for e in step.examples], keys, self._micro, self._normalize)
         return Batch(microbatches, step.bucket, step.epoch, [e.sample for e in step.examples], step.epoch_ends)
 
 
@@ -61,17 +66,18 @@ class Loader:
     the number of workers, stages or replicas, so that a checkpoint loads on another mesh.
     """
 
-    def __init__(self, steps: Steps, sampler: StepSampler, workers: int) -> None:
-        self._steps, self._sampler, self._workers = steps, sampler, workers
+    def __init__(self, steps: Steps, sampler: StepSampler, workers: int, pinned: bool = False) -> None:
+        self._steps, self._sampler, self._workers, self._pinned = steps, sampler, workers, pinned
         self._start()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._batches is None:
-            self._batches = iter(self._loader)
-        return next(self._batches)
+        with told_of_death("data.workers"):
+            if self._batches is None:
+                self._batches = iter(self._loader)
+            return next(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
         place = _place(self._loader.state_dict())
@@ -106,13 +112,28 @@ class Loader:
                 collate_fn=_as_is,  # pyright: ignore[reportArgumentType] - torchdata's alias names no type
                 # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
                 generator=torch.Generator().manual_seed(0),
-                multiprocessing_context=_context() if self._workers else None,
+                multiprocessing_context=worker_context() if self._workers else None,
+                pin_memory=self._pinned,
             )
 
 
-def make_loader(samples: Samples, sampler: StepSampler, model: DiffusionModel, *, micro: int, seed: int, workers: int) -> Loader:
-    """Batches of ``samples`` in the order of ``sampler``, made ready by ``model`` in ``workers`` processes (0: in this one)."""
-    return Loader(Steps(samples, model, micro=micro, seed=seed), sampler, workers)
+def make_loader(
+    samples: Samples,
+    sampler: StepSampler,
+    model: DiffusionModel,
+    *,
+    micro: int,
+    seed: int,
+    workers: int,
+    normalize_masks: bool = False,
+    pinned: bool = False,
+) -> Loader:
+    """Batches of ``samples`` in the order of ``sampler``, made ready by ``model`` in ``workers`` processes (0: in this one).
+
+    Args:
+        pinned: put tensors into page-locked memory, from which a CUDA device copies while it computes.
+    """
+    return Loader(Steps(samples, model, micro=micro, seed=seed, normalize_masks=normalize_masks), sampler, workers, pinned)
 
 
 def eval_batches(
@@ -125,6 +146,7 @@ def eval_batches(
     accumulate: int = 1,
     replica: int = 0,
     replicas: int = 1,
+    normalize_masks: bool = False,
 ) -> Iterator[Batch]:
     """Every sample once at every quantile, in a fixed order, with the same noise at every evaluation and quantile.
 
@@ -142,14 +164,35 @@ def eval_batches(
     for quantile in quantiles:
         for bucket, members in groups[replica::replicas]:
             keys = [Key(seed, 0, s, 0, quantile) for s in members]
-            microbatches = _prepare(samples, model, members, keys, micro)
+            microbatches = _prepare(samples, model, members, keys, micro, normalize_masks)
             yield Batch(microbatches, bucket, 0, members, False, quantile)
 
 
-def _prepare(samples: Samples, model: DiffusionModel, chosen: Sequence[int], keys: Sequence[Key], micro: int) -> list[Microbatch]:
+def _prepare(
+    samples: Samples, model: DiffusionModel, chosen: Sequence[int], keys: Sequence[Key], micro: int, normalize: bool
+) -> list[Microbatch]:
     """A step's microbatches; what the family pads, it pads to the step's longest, since its payloads have one shape."""
-    rows = model.align([samples[i] for i in chosen])
-    return [model.prepare(stack(rows[i : i + micro]), keys[i : i + micro]) for i in range(0, len(rows), micro)]
+    rows = model.align([samples.read(i, key) for i, key in zip(chosen, keys, strict=True)])
+    return [_prepare_one(model, stack(rows[i : i + micro]), keys[i : i + micro], normalize) for i in range(0, len(rows), micro)]
+
+
+def _prepare_one(model: DiffusionModel, batch: dict[str, Tensor], keys: Sequence[Key], normalize: bool) -> Microbatch:
+    """A microbatch with its masks in the weights of the loss.
+
+    A mask multiplies the error of each element before the mean over all, so that a picture counts by the share of it that
+    trains; ``normalize`` divides by that share.
+    """
+    mask = batch.pop("mask", None)
+    inputs, targets = model.prepare(batch, keys)
+    if mask is None:
+        return inputs, targets
+    if normalize:
+        mask = mask / mask.mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    weighted = []
+    for target, weight in targets:
+        own = model.spread(mask, target)
+        weighted.append((target, own if weight is None else own * weight))
+    return inputs, weighted
 
 
 class _Once:
@@ -164,15 +207,6 @@ class _Once:
 
 def _as_is(batch: Batch) -> Batch:
     return batch
-
-
-def _context() -> Any:
-    """How workers start: never by copying a process that may hold a CUDA context, decoder threads or NCCL's."""
-    if sys.platform == "win32":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, in the server the workers come from
-    return context
 
 
 def _place(state: Any) -> dict[str, Any] | None:

@@ -46,7 +46,7 @@ class StepSampler(Iterator[Step]):
 
     Args:
         buckets: of each sample.
-        repeats: of each sample: how often an epoch shows it.
+        repeats: of each sample: how often an epoch shows it; 0.5 shows it in every second epoch, half of such samples in each.
         micro, accumulate, replica, replicas: how a step is shared out; only their product decides the stream.
 
     Raises:
@@ -56,7 +56,7 @@ class StepSampler(Iterator[Step]):
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        repeats: Sequence[int],
+        repeats: Sequence[float],
         *,
         micro: int,
         accumulate: int,
@@ -87,7 +87,10 @@ class StepSampler(Iterator[Step]):
 
     def steps_in(self, epochs: int) -> int:
         """Steps of the first ``epochs`` epochs together, when trained from the start with this batch size."""
-        return sum(epochs * n // self._group for n in self._examples_by_bucket().values())
+        counts: Counter[Bucket] = Counter()
+        for sample, bucket in enumerate(self._buckets):
+            counts[bucket] += self._until(sample, epochs)
+        return sum(n // self._group for n in counts.values())
 
     def __next__(self) -> Step:
         while self._done == len(self._steps):
@@ -140,7 +143,7 @@ class StepSampler(Iterator[Step]):
         for example in self._carried:
             pools[self._buckets[example.sample]].append(example)
         if self._fresh:
-            own = [Example(self._epoch, s, r) for s, n in enumerate(self._repeats) for r in range(n)]
+            own = [Example(self._epoch, s, r) for s in range(len(self._repeats)) for r in range(self._shown(s, self._epoch))]
             for example in sorted(own, key=lambda e: self._rank(*e)):
                 pools[self._buckets[example.sample]].append(example)
         steps: list[list[Example]] = []
@@ -152,11 +155,17 @@ class StepSampler(Iterator[Step]):
             self._left += pool[full:]
         self._steps = sorted(steps, key=lambda step: self._rank(self._epoch, *step[0]))
 
-    def _rank(self, *what: int) -> bytes:
+    def _rank(self, *what: int | str) -> bytes:
         return blake2b(repr((self._seed, *what)).encode(), digest_size=16).digest()
 
-    def _examples_by_bucket(self) -> Counter[Bucket]:
-        counts: Counter[Bucket] = Counter()
-        for bucket, repeats in zip(self._buckets, self._repeats, strict=True):
-            counts[bucket] += repeats
-        return counts
+    def _shown(self, sample: int, epoch: int) -> int:
+        """How often an epoch shows a sample."""
+        return self._until(sample, epoch + 1) - self._until(sample, epoch)
+
+    def _until(self, sample: int, epochs: int) -> int:
+        """How often the first ``epochs`` epochs show a sample; where that is no whole number, samples take turns."""
+        repeats = self._repeats[sample]
+        if repeats == int(repeats):
+            return int(repeats) * epochs
+        turn = int.from_bytes(self._rank("turn", sample)[:6], "big") / (1 << 48)
+        return int(repeats * epochs + turn)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 
-from diffpipe.config.schema import FolderConfig
+from diffpipe.config.schema import FolderBase, MediaConfig
+from diffpipe.data import captions
 from diffpipe.data.cache import write_durably, writing_to
+from diffpipe.data.captions import Captions, Span
+from diffpipe.data.files import TAR, File, folders_in, members, walk
 from diffpipe.data.media import MediaInfo, kind_of, probe
 from diffpipe.errors import ConfigError, DiffpipeError, MediaError
 
@@ -21,47 +24,57 @@ Exchange = Callable[[object], list]  # every rank's value, in the order of ranks
 
 @dataclass(frozen=True)
 class Clip:
-    """A media file with its caption.
+    """A media file with its captions.
 
     Attributes:
         digest: hash of the file's bytes.
-        repeats: times it is seen in an epoch.
+        spans: what of it trains, with captions; a file without any has one span without text.
+        folder: which of the config's folders it is from.
+        mask: what of its picture trains, with the hash of the mask's bytes.
     """
 
-    path: Path
+    file: File
     info: MediaInfo
     digest: str
-    caption: str
-    repeats: int
+    spans: tuple[Span, ...]
+    folder: int
+    mask: tuple[File, str] | None = None
 
 
 @dataclass(frozen=True)
 class Dropped:
     """A file left out. ``fault`` tells what the user should mend from what is merely not for this model."""
 
-    path: Path
+    file: File
     reason: str
     fault: bool = True
 
     @classmethod
-    def of(cls, path: Path, fault: MediaError) -> Dropped:
-        """In one line; another file than ``path`` that is at fault (its caption) is named."""
-        other = Path(fault.where).name if fault.where not in ("", str(path)) else ""
+    def of(cls, file: File, fault: MediaError) -> Dropped:
+        """In one line; another file than ``file`` that is at fault (its caption) is named."""
+        other = Path(fault.where).name if fault.where not in ("", str(file)) else ""
         wanted = f", expected {fault.expected}" if fault.expected else ""
         cure = f" ({fault.fix})" if fault.fix else ""
-        return cls(path, f"{f'{other}: ' if other else ''}{fault.found}{wanted}{cure}")
+        return cls(file, f"{f'{other}: ' if other else ''}{fault.found}{wanted}{cure}")
 
 
 @dataclass
 class Found:
+    """What the folders hold.
+
+    Attributes:
+        captionless: files that train without a caption, for they have none.
+    """
+
     clips: list[Clip] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
+    captionless: list[File] = field(default_factory=list)
 
 
 class Remembered:
     """What earlier scans found in files, by path, size and time of change, so that no file is hashed twice."""
 
-    VERSION = 1
+    VERSION = 2
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -73,15 +86,16 @@ class Remembered:
         except (OSError, ValueError, AttributeError):
             pass  # a missing or damaged memory costs time only
 
-    def look(self, path: Path) -> tuple[MediaInfo, str] | None:
-        known = self._known.get(str(path.resolve()))
-        if known is None or known[:2] != _stamp(path):
-            return None
-        return MediaInfo(**known[3]), known[2]
+    def look(self, file: File) -> tuple[MediaInfo, str]:
+        """What a file holds and the hash of its bytes, read only when it changed."""
+        known = self._known.get(_absolute(file))
+        if known is not None and known[0] == file.stamp():
+            return MediaInfo(**known[2]), known[1]
+        return probe(file), file.digest()
 
-    def save(self, clips: Iterable[tuple[Path, MediaInfo, str]]) -> None:
+    def save(self, clips: Iterable[Clip]) -> None:
         """Add what was found."""
-        fresh = {str(path.resolve()): [*_stamp(path), digest, asdict(info)] for path, info, digest in clips}
+        fresh = {_absolute(c.file): [c.file.stamp(), c.digest, asdict(c.info)] for c in clips}
         if all(self._known.get(k) == v for k, v in fresh.items()):
             return
         self._known |= fresh
@@ -90,8 +104,23 @@ class Remembered:
             write_durably(self._file, json.dumps({"version": self.VERSION, "files": self._known}).encode())
 
 
+def _absolute(file: File) -> str:
+    return f"{os.path.abspath(file.path)}/{file.member}" if file.member else os.path.abspath(file.path)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A media file to look at, and what its folder says of it."""
+
+    file: File
+    folder: int
+    spans: tuple[Span, ...] | MediaError
+    mask: File | None
+
+
 def scan(
-    folders: Sequence[FolderConfig],
+    folders: Sequence[FolderBase],
+    options: Callable[[FolderBase], MediaConfig],
     *,
     takes_video: bool,
     memory: Remembered,
@@ -100,102 +129,128 @@ def scan(
     exchange: Exchange = lambda value: [value],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """Look at every file of the folders (not of folders in them), each rank at a share; all ranks get the same answer.
+    """Look at every file of the folders, each rank at a share; all ranks get the same answer.
 
     Args:
+        options: what holds for a folder.
         takes_video: whether the family trains on videos.
         memory: what is known of unchanged files.
         exchange: gathers every rank's value; called by all ranks.
 
     Raises:
-        DiffpipeError: when a folder is missing, or none holds any media.
+        DiffpipeError: when a folder is missing, none holds any media, or a list of captions cannot be read.
     """
     found = Found()
-    work: list[tuple[Path, int]] = []
-    for folder in folders:
-        media, rest = list_media(Path(folder.path))
-        found.dropped += rest
-        work += [(path, folder.repeats) for path in media]
+    work: list[_Work] = []
+    for number, folder in enumerate(folders):
+        work += _listed(number, folder, options(folder), found)
     if not work:
         where = ", ".join(f.path for f in folders)
         raise DiffpipeError(
-            "no image or video in the data folders", where=where, expected="media files directly in the folder", fix="check data.folders"
+            "no image or video in the data folders",
+            where=where,
+            expected="media files or .tar shards in the folder",
+            fix="check data.folders, or set recursive where they lie in folders of their own",
         )
     share = work[rank::world]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         looked: list[Clip | Dropped] = []
-        for one in pool.map(lambda item: _examine(item[0], item[1], takes_video, memory), share):
+        for one in pool.map(lambda item: _examine(item, takes_video, memory), share):
             looked.append(one)
             progress(len(looked), len(share))
     shares = exchange(looked)
     for i in range(len(work)):
         one: Clip | Dropped = shares[i % world][i // world]
-        if isinstance(one, Clip):
-            found.clips.append(one)
-        else:
+        if isinstance(one, Dropped):
             found.dropped.append(one)
+            continue
+        found.clips.append(one)
+        if any(not span.texts for span in one.spans):
+            found.captionless.append(one.file)
     return found
 
 
-def list_media(folder: Path) -> tuple[list[Path], list[Dropped]]:
-    """Media files of a folder by name, and what else lies there; hidden files are not looked at."""
+def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found) -> list[_Work]:
+    """The media of one folder with their captions and masks; what else lies there goes to ``found``."""
+    place = Path(folder.path)
     try:
-        files = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=lambda p: p.name)
+        files = list(walk(place, options.recursive))
+        found.dropped += [Dropped(File(p), "a folder in a folder, searched only with recursive", False) for p in folders_in(place)][
+            : 0 if options.recursive else None
+        ]
     except OSError as fault:
-        raise ConfigError(f"the folder cannot be read: {fault.strerror or fault}", where=str(folder), fix="check data.folders") from fault
-    media = [p for p in files if p.is_file() and kind_of(p)]
-    captions = {p.with_suffix("").name for p in media}
-    rest = []
-    for path in files:
-        if path.is_dir():
-            rest.append(Dropped(path, "a folder in a data folder is not searched", fault=False))
-        elif path.suffix.lower() == ".txt":
-            if path.stem not in captions:
-                rest.append(Dropped(path, "a caption without media", fault=False))
-        elif not kind_of(path):
-            rest.append(Dropped(path, NOT_MEDIA, fault=False))
-    return media, rest
+        raise ConfigError(f"the folder cannot be read: {fault.strerror or fault}", where=str(place), fix="check data.folders") from fault
+    groups: list[tuple[list[File], str]] = [([f for f in files if f.suffix != TAR], str(place))]
+    for shard in (f for f in files if f.suffix == TAR):
+        try:
+            groups.append((members(shard.path), ""))
+        except MediaError as fault:
+            found.dropped.append(Dropped.of(shard, fault))
+    masks = _masks(folder)
+    work: list[_Work] = []
+    for group, root in groups:
+        texts = captions.collect(group, options.captions)
+        media = [f for f in group if kind_of(f)]
+        twins = _twins(media)
+        for file in media:
+            work.append(_Work(file, number, _spans(file, texts, options, root, twins), masks.get(file.stem)))
+        stems = {(f.folder, f.stem) for f in media}
+        for file in group:
+            if kind_of(file):
+                continue
+            if not captions.is_caption(file, options.captions):
+                found.dropped.append(Dropped(file, NOT_MEDIA, fault=False))
+            elif file.name not in captions.LISTS and (file.folder, file.stem) not in stems:
+                found.dropped.append(Dropped(file, "a caption without media", fault=False))
+    return work
 
 
-def _examine(path: Path, repeats: int, takes_video: bool, memory: Remembered) -> Clip | Dropped:
-    if kind_of(path) == "video" and not takes_video:
-        return Dropped(path, "a video, but this model family trains on images only", fault=False)
+def _masks(folder: FolderBase) -> dict[str, File]:
+    """Mask files by stem."""
+    if folder.masks is None:
+        return {}
     try:
-        caption = read_caption(path.with_suffix(".txt"))
-        info, digest = memory.look(path) or (probe(path), digest_of(path))
+        return {f.stem: f for f in walk(folder.masks, recursive=False) if kind_of(f) == "image"}
+    except OSError as fault:
+        raise ConfigError(f"the folder of masks cannot be read: {fault.strerror or fault}", where=str(folder.masks)) from fault
+
+
+def _twins(media: Sequence[File]) -> dict[tuple[str, str], list[str]]:
+    """Media files that share one stem."""
+    by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for file in media:
+        by_stem[file.folder, file.stem].append(file.name)
+    return {place: names for place, names in by_stem.items() if len(names) > 1}
+
+
+def _spans(
+    file: File, texts: Captions, options: MediaConfig, root: str, twins: dict[tuple[str, str], list[str]]
+) -> tuple[Span, ...] | MediaError:
+    place = (file.folder, file.stem)
+    if place in twins and place in texts.beside:
+        others = ", ".join(n for n in twins[place] if n != file.name)
+        return MediaError(f"shares its caption {texts.beside[place].name} with {others}", fix="give each file a stem of its own")
+    try:
+        return tuple(texts.of(file, options.captions, root)) or (Span(()),)
     except MediaError as fault:
-        return Dropped.of(path, fault)
+        return fault
     except OSError as fault:
-        return Dropped(path, f"cannot be read: {fault.strerror or fault}")
-    return Clip(path, info, digest, caption, repeats)
+        return MediaError(f"its caption cannot be read: {fault.strerror or fault}")
 
 
-def read_caption(path: Path) -> str:
-    """The caption in a file, without surrounding white space.
-
-    Raises:
-        MediaError: when it is missing, empty or not UTF-8.
-    """
+def _examine(work: _Work, takes_video: bool, memory: Remembered) -> Clip | Dropped:
+    file = work.file
+    if kind_of(file) == "video" and not takes_video:
+        return Dropped(file, "a video, but this model family trains on images only", fault=False)
+    if isinstance(work.spans, MediaError):
+        return Dropped.of(file, work.spans)
     try:
-        text = path.read_bytes().decode("utf-8-sig").strip()
-    except FileNotFoundError as fault:
-        raise MediaError("no caption file", where=str(path), fix="write the caption into it") from fault
-    except UnicodeDecodeError as fault:
-        raise MediaError(f"byte {fault.start} of the caption is not UTF-8", where=str(path), fix="save it as UTF-8") from fault
-    if not text:
-        raise MediaError("the caption is empty", where=str(path), fix="write the caption into it")
-    return text
-
-
-def digest_of(path: Path) -> str:
-    """Hash of a file's bytes."""
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
+        info, digest = memory.look(file)
+        mask = (work.mask, work.mask.digest()) if work.mask is not None else None
+    except MediaError as fault:
+        return Dropped.of(file, fault)
+    except OSError as fault:
+        return Dropped(file, f"cannot be read: {fault.strerror or fault}")
+    if info.kind == "video" and not takes_video:
+        return Dropped(file, "a moving picture, but this model family trains on still ones only", fault=False)
+    return Clip(file, info, digest, work.spans, work.folder, mask)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def fill(folder: Path, count: int, **limits: float) -> list[str]:
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     keys = fill(tmp_path, 5)
     cache = Cache(tmp_path)
-    assert len(cache) == 5 and "other" not in cache
+    assert len(cache) == 5 and key_of("other") not in cache
     for i, key in enumerate(keys):
         assert key in cache
         assert all(torch.equal(cache[key][n], t) and cache[key][n].dtype == t.dtype for n, t in entry(i).items())
@@ -54,17 +55,17 @@ def test_views_of_a_batch_are_kept_by_themselves(tmp_path: Path) -> None:
     batch = torch.arange(6.0).view(2, 3)
     with ShardWriter(tmp_path) as writer:
         for i, row in enumerate(batch):
-            writer.add(f"k{i}", {"x": row})
+            writer.add(key_of(f"k{i}"), {"x": row})
         batch.zero_()
-    assert Cache(tmp_path)["k1"]["x"].tolist() == [3.0, 4.0, 5.0]
+    assert Cache(tmp_path)[key_of("k1")]["x"].tolist() == [3.0, 4.0, 5.0]
 
 
 def test_tensors_are_mapped_and_not_read_whole(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
-        writer.add("big", {"x": torch.zeros(64 << 18)})
+        writer.add(key_of("big"), {"x": torch.zeros(64 << 18)})
     cache = Cache(tmp_path)
     before = _resident()
-    tensor = cache["big"]["x"]
+    tensor = cache[key_of("big")]["x"]
     assert tensor.nbytes == 64 << 20 and _resident() - before < 16 << 20
 
 
@@ -78,15 +79,15 @@ def test_the_cache_travels_to_another_process(tmp_path: Path) -> None:
     keys = fill(tmp_path, 3)
     cache = Cache(tmp_path)
     cache[keys[0]]
-    copy = pickle.loads(pickle.dumps(cache.only({keys[2]})))
-    assert len(copy) == 1 and torch.equal(copy[keys[2]]["latents"], entry(2)["latents"])
+    copy = pickle.loads(pickle.dumps(cache))
+    assert len(copy) == 3 and torch.equal(copy[keys[2]]["latents"], entry(2)["latents"])
 
 
 def test_two_runs_may_write_into_one_folder(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as one, ShardWriter(tmp_path) as two:
-        one.add("a", entry(1))
-        two.add("a", entry(1))
-        two.add("b", entry(2))
+        one.add(key_of("a"), entry(1))
+        two.add(key_of("a"), entry(1))
+        two.add(key_of("b"), entry(2))
     assert len(Cache(tmp_path)) == 2
 
 
@@ -95,7 +96,7 @@ def test_finished_shards_survive_kill_9_and_hold_whole_entries(tmp_path: Path) -
         "import sys, torch\nfrom diffpipe.data.cache import ShardWriter\n"
         "writer = ShardWriter(sys.argv[1], limit=1 << 20)\n"
         "for i in range(10**6):\n"
-        "    writer.add(f'{i:08}', {'x': torch.full((1 << 14,), float(i))})\n"
+        "    writer.add(f'{i:032x}', {'x': torch.full((1 << 14,), float(i))})\n"
         "    print(i, flush=True)\n"
     ).replace("ShardWriter(sys.argv[1]", "ShardWriter(__import__('pathlib').Path(sys.argv[1])")
     with subprocess.Popen(
@@ -109,7 +110,7 @@ def test_finished_shards_survive_kill_9_and_hold_whole_entries(tmp_path: Path) -
     cache = Cache(tmp_path)
     assert len(cache) >= 180 and not cache.damaged
     for i in range(len(cache)):
-        assert torch.equal(cache[f"{i:08}"]["x"], torch.full((1 << 14,), float(i)))
+        assert torch.equal(cache[f"{i:032x}"]["x"], torch.full((1 << 14,), float(i)))
 
 
 def test_a_damaged_shard_counts_as_missing(tmp_path: Path) -> None:
@@ -150,15 +151,15 @@ def test_a_full_disk_is_told_of_and_leaves_finished_shards_alone(tmp_path: Path)
     program = """
 import resource, signal, sys, torch
 from pathlib import Path
-from diffpipe.data.cache import ShardWriter
+from diffpipe.data.cache import ShardWriter, key_of
 from diffpipe.errors import DiffpipeError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with ShardWriter(Path(sys.argv[1])) as writer:
-    writer.add("small", {"x": torch.ones(4)})
+    writer.add(key_of("small"), {"x": torch.ones(4)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     with ShardWriter(Path(sys.argv[1])) as writer:
-        writer.add("large", {"x": torch.ones(100_000)})
+        writer.add(key_of("large"), {"x": torch.ones(100_000)})
 except DiffpipeError as fault:
     print(fault)
 """
@@ -172,5 +173,110 @@ except DiffpipeError as fault:
     )
     assert "cannot be written" in done.stdout and "free some space" in done.stdout, done.stderr
     cache = Cache(tmp_path)
-    assert "small" in cache and "large" not in cache
+    assert key_of("small") in cache and key_of("large") not in cache
     assert [p.suffix for p in tmp_path.iterdir()] == [".safetensors"]
+
+
+# -- the index -------------------------------------------------------------------------------------------------------
+
+
+def indexed(folder: Path, count: int, **limits: float) -> list[str]:
+    keys = fill(folder, count, **limits)
+    Cache(folder).write_index()
+    return keys
+
+
+def test_an_indexed_cache_reads_no_header_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = indexed(tmp_path, 50, limit=200)
+    monkeypatch.setattr("diffpipe.data.cache._held", None)
+    cache = Cache(tmp_path)
+    assert cache.keys() == set(keys) and not cache.missing(keys)
+    assert cache.missing([*keys, key_of("x"), key_of("y")]) == {key_of("x"), key_of("y")}
+    for i, key in enumerate(keys):
+        assert all(torch.equal(cache[key][n], t) for n, t in entry(i).items())
+
+
+def test_what_is_added_after_the_index_is_found_and_joins_it(tmp_path: Path) -> None:
+    first = indexed(tmp_path, 20, limit=200)
+    with ShardWriter(tmp_path) as writer:
+        writer.add(key_of("late"), {"other": torch.ones(3)})
+    cache = Cache(tmp_path)
+    assert cache.keys() == {*first, key_of("late")}
+    cache.write_index()
+    again = Cache(tmp_path)
+    assert not again._fresh and again[key_of("late")]["other"].tolist() == [1, 1, 1]
+
+
+def test_a_shard_that_is_gone_or_cut_short_is_missing_although_it_is_indexed(tmp_path: Path) -> None:
+    keys = indexed(tmp_path, 20, limit=200)
+    gone, cut, *_ = sorted(tmp_path.glob("*.safetensors"))
+    gone.unlink()
+    cut.write_bytes(cut.read_bytes()[:-3])
+    cache = Cache(tmp_path)
+    assert cache.damaged == [cut]
+    assert len(cache.missing(keys)) == 20 - len(cache) > 0
+    cache.write_index()
+    assert Cache(tmp_path).damaged == [cut]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda b: b[:-5], lambda b: b"", lambda b: b"no index\n" + b, lambda b: b.replace(b"cache-2", b"cache-9")]
+)
+def test_a_spoilt_index_costs_time_only(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    keys = indexed(tmp_path, 20, limit=200)
+    (tmp_path / "index.bin").write_bytes(spoil((tmp_path / "index.bin").read_bytes()))
+    assert Cache(tmp_path).keys() == set(keys)
+
+
+def test_keys_that_share_their_first_half_are_told_apart(tmp_path: Path) -> None:
+    keys = ["0" * 16 + f"{i:016x}" for i in range(40)]
+    with ShardWriter(tmp_path) as writer:
+        for i, key in enumerate(keys):
+            writer.add(key, entry(i))
+    Cache(tmp_path).write_index()
+    cache = Cache(tmp_path)
+    assert not cache.missing(keys) and cache.missing(["0" * 32, "0" * 16 + "f" * 16]) == {"0" * 16 + "f" * 16}
+    assert all(torch.equal(cache[key]["mask"], torch.tensor(i)) for i, key in enumerate(keys))
+
+
+def test_a_million_entries_open_in_under_a_second(tmp_path: Path) -> None:
+    import numpy as np
+
+    from diffpipe.data.cache import _Index
+
+    count, shards = 1_000_000, 4000
+    rng = np.random.default_rng(0)
+    halves = rng.integers(0, 2**63, (count, 2), dtype=np.uint64)
+    halves = halves[np.lexsort((halves[:, 1], halves[:, 0]))]
+    names = {f"{i:032x}.safetensors": 0 for i in range(shards)}
+    for name in names:
+        (tmp_path / name).touch()
+    columns = (halves[:, 0], halves[:, 1], rng.integers(0, shards, count).astype(np.uint32), np.zeros(count, np.uint16))
+    _Index({"shards": names, "names": [["latents"]]}, columns).write(tmp_path / "index.bin")
+    wanted = [f"{h:016x}{low:016x}" for h, low in halves[::100].tolist()]
+    began = time.monotonic()
+    cache = Cache(tmp_path)
+    assert not cache.missing(wanted)
+    assert time.monotonic() - began < 1
+
+
+def test_a_flipped_byte_is_found_and_its_shard_removed(tmp_path: Path) -> None:
+    keys = indexed(tmp_path, 20, limit=200)
+    cache = Cache(tmp_path)
+    assert cache.verify() == []
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(bytes(content))
+    assert cache.verify() == [shard] and not shard.exists()
+    assert 0 < len(Cache(tmp_path).missing(keys)) < 20
+
+
+def test_pruning_keeps_what_is_used_and_frees_the_rest(tmp_path: Path) -> None:
+    keys = indexed(tmp_path, 40, limit=400)
+    kept = [k for i, k in enumerate(keys) if i % 3 == 0 or i < 8]
+    freed = Cache(tmp_path).prune(kept)
+    cache = Cache(tmp_path)
+    assert freed > 0 and cache.keys() == set(kept)
+    assert all(torch.equal(cache[k]["mask"], entry(keys.index(k))["mask"]) for k in kept)
+    assert cache.verify() == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 
 from diffpipe.data.buckets import Bucket
-from diffpipe.data.cache import Cache, ShardWriter
+from diffpipe.data.cache import Cache, ShardWriter, key_of
 from diffpipe.data.dataset import Sample, Samples
-from diffpipe.data.loader import Batch, Loader, eval_batches, make_loader
-from diffpipe.data.sampler import StepSampler
+from diffpipe.data.files import File
+from diffpipe.data.loader import Batch, Loader, Steps, eval_batches, make_loader
+from diffpipe.data.sampler import Example, Step, StepSampler
+from diffpipe.flow import Key
 from tests.drawn import Pool
 
 WIDE, TALL = Bucket(1, 32, 64), Bucket(5, 64, 32)
@@ -23,13 +27,15 @@ WIDE, TALL = Bucket(1, 32, 64), Bucket(5, 64, 32)
 def samples(tmp_path: Path) -> Samples:
     entries = []
     with ShardWriter(tmp_path) as writer:
-        writer.add("caption", {"text": torch.arange(4.0)})
+        for caption in ("caption", "other", ""):
+            writer.add(key_of(caption), {"text": torch.full((4,), float(len(caption)))})
         for i in range(11):
             bucket = TALL if i % 3 == 0 else WIDE
             shape = (3, (bucket.frames + 3) // 4, bucket.height // 8, bucket.width // 8)
-            writer.add(f"m{i}", {"latents": torch.full(shape, float(i))})
-            entries.append(Sample(Path(f"{i}.png"), "a caption", bucket, 2 if i == 4 else 1, f"m{i}", "caption"))
-    return Samples(entries, Cache(tmp_path))
+            writer.add(key_of(f"m{i}"), {"latents": torch.full(shape, float(i))})
+            writer.add(key_of(f"mask{i}"), {"mask": torch.full((1, *shape[2:]), i / 10)})
+            entries.append(Sample(File(Path(f"{i}.png")), ("caption",), bucket, 2 if i == 4 else 1, key_of(f"m{i}"), (key_of("caption"),)))
+    return Samples(entries, Cache(tmp_path), key_of(""))
 
 
 def open_loader(samples: Samples, workers: int, micro: int = 2, accumulate: int = 1, replica: int = 0, replicas: int = 1) -> Loader:
@@ -119,3 +125,32 @@ def test_evaluation_sees_every_sample_at_every_quantile_with_the_same_noise(samp
 def test_replicas_share_out_an_evaluation(samples: Samples) -> None:
     parts = [list(eval_batches(samples, Pool(), quantiles=[0.5], micro=2, seed=0, replica=r, replicas=2)) for r in range(2)]
     assert sorted(i for part in parts for b in part for i in b.samples) == list(range(11))
+
+
+def test_a_captions_variants_are_shown_by_turns_and_dropped_at_their_rate(samples: Samples) -> None:
+    both = (key_of("caption"), key_of("other"))
+    samples.entries = [replace(e, texts=both, captions=("caption", "other"), dropout=0.25) for e in samples.entries]
+    shown = Counter(samples.read(3, Key(0, epoch, 3, 0))["text"][0].item() for epoch in range(2000))
+    assert shown[0] / 2000 == pytest.approx(0.25, abs=0.04)
+    assert shown[7] / 2000 == pytest.approx(0.375, abs=0.04) and shown[5] / 2000 == pytest.approx(0.375, abs=0.04)
+    assert all(samples.read(3, Key(0, 0, 3, 0, quantile))["text"][0] == 7 for quantile in (0.1, 0.5, 0.9)), "evaluation shows the first"
+    again = Counter(samples.read(3, Key(0, epoch, 3, 0))["text"][0].item() for epoch in range(2000))
+    assert again == shown
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_mask_weighs_the_loss_of_each_latent_cell(samples: Samples, normalize: bool) -> None:
+    bare = samples.entries
+    samples = Samples([replace(e, mask=key_of(f"mask{i}")) if i % 2 else e for i, e in enumerate(bare)], samples._cache)
+    steps = Steps(samples, Pool(), micro=4, seed=0, normalize_masks=normalize)
+    batch = steps[Step(0, WIDE, tuple(Example(0, i, 0) for i in (1, 2, 5, 7)), False)]
+    [(_, [(target, weight)])] = batch.microbatches
+    assert weight is not None and weight.shape == (4, 1, 1, *target.shape[-2:])
+    expected = [1.0, 1.0, 1.0, 1.0] if normalize else [0.1, 1.0, 0.5, 0.7]
+    torch.testing.assert_close(weight[:, 0, 0, 0, 0], torch.tensor(expected))
+
+
+def test_samples_know_how_their_pictures_were_framed(samples: Samples) -> None:
+    samples.entries[1] = replace(samples.entries[1], source=(300, 400))
+    # 300 x 400 covers 32 x 64 at 48 x 64, of which 8 rows are cut off at the top.
+    assert samples.read(1, Key(0, 0, 1, 0))["framing"].tolist() == [300, 400, 8, 0, 32, 64]

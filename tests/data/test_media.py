@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from diffpipe.data import media
 from diffpipe.data.buckets import Bucket
-from diffpipe.data.media import MediaInfo, kind_of, probe, read
+from diffpipe.data.files import File, members
+from diffpipe.data.media import MediaInfo, kind_of
 from diffpipe.errors import MediaError
+from tests.conftest import ROOT
 from tests.drawn import draw_clip, draw_image
 
 SQUARE = Bucket(1, 32, 32)
 WIDE = Bucket(1, 48, 64)
+
+
+def probe(path: Path) -> MediaInfo:
+    return media.probe(File(path))
+
+
+def read(path: Path, bucket: Bucket, fps: float | None = None, start: float = 0.0) -> torch.Tensor:
+    return media.read(File(path), bucket, fps, start)
 
 
 def colours(path: Path, bucket: Bucket = SQUARE) -> torch.Tensor:
@@ -233,3 +247,134 @@ def test_text_that_calls_itself_a_video_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("hello")
     with pytest.raises(MediaError, match="not a readable video"):
         probe(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize(
+    "suffix,codec",
+    [(".mp4", "libx264"), (".mp4", "libx265"), (".webm", "libvpx-vp9"), (".mkv", "libx264"), (".avi", "mpeg4"), (".ts", "libx264")],
+)
+@pytest.mark.parametrize("start", [0.0, 1.0, 2.5, 3.0, 7.3])
+def test_a_clip_from_the_middle_is_frame_exact(tmp_path: Path, suffix: str, codec: str, start: float) -> None:
+    path = numbered_clip(tmp_path / f"a{suffix}", 160, 16, codec)
+    pixels = read(path, Bucket(9, 48, 64), 16.0, start)
+    assert [number_in(pixels[:, i]) for i in range(9)] == [round(start * 16) + i for i in range(9)]
+
+
+def numbered_clip(path: Path, frames: int, fps: int, codec: str, depth: str = "yuv420p") -> Path:
+    """Frame i shows i in binary, as eight black or white columns; B-frames and open groups as the encoder likes them."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, depth
+        stream.options = {"g": "24", "crf": "18", "preset": "medium", "x265-params": "keyint=24:log-level=none", "b": "4M"}
+        for i in range(frames):
+            columns = np.repeat([255 * (i >> bit & 1) for bit in range(8)], 8).astype(np.uint8)
+            picture = np.broadcast_to(columns[None, :, None], (48, 64, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def number_in(frame: torch.Tensor) -> int:
+    bright = frame.mean((0, 1)).view(8, 8).mean(1) > 0
+    return sum(1 << bit for bit in range(8) if bright[bit])
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp", ".png"])
+def test_a_moving_picture_is_a_video(tmp_path: Path, suffix: str) -> None:
+    greys_of = [Image.new("RGB", (64, 48), (i * 20,) * 3) for i in range(10)]
+    path = tmp_path / f"a{suffix}"
+    greys_of[0].save(path, save_all=True, append_images=greys_of[1:], duration=[100] * 5 + [200] * 5, lossless=True)
+    info = probe(path)
+    assert (info.kind, info.width, info.height, info.frames) == ("video", 64, 48, 10)
+    assert info.seconds == pytest.approx(1.5, rel=0.01)
+    pixels = read(path, Bucket(15, 48, 64), 10.0)
+    shown = [round(v / 20) for v in ((pixels.mean((0, 2, 3)) + 1) * 127.5).tolist()]
+    assert shown == [0, 1, 2, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9]
+    late = read(path, Bucket(4, 48, 64), 10.0, 0.5)
+    assert [round(v / 20) for v in ((late.mean((0, 2, 3)) + 1) * 127.5).tolist()] == [5, 5, 6, 6]
+
+
+def test_sound_beside_the_picture_changes_nothing(tmp_path: Path) -> None:
+    draw_clip(tmp_path / "silent.mp4", 33, 16)
+    sound = ["-f", "lavfi", "-i", "sine=frequency=440:duration=5"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "silent.mp4", *sound, "-c:v", "copy", "-c:a", "aac", tmp_path / "a.mp4"]
+    subprocess.run(command, check=True, capture_output=True)
+    info = probe(tmp_path / "a.mp4")
+    assert info.frames == 33 and info.frames_at(16.0) == 33
+    assert greys(tmp_path / "a.mp4", 33, 16.0) == list(range(33))
+
+
+def test_sound_alone_is_no_video(tmp_path: Path) -> None:
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-f", "lavfi", "-i", "sine=duration=1", "-c:a", "aac", tmp_path / "a.mp4"]
+    subprocess.run(command, check=True, capture_output=True)
+    with pytest.raises(MediaError, match="no video stream"):
+        probe(tmp_path / "a.mp4")
+
+
+def test_pixels_that_are_not_square_are_seen_in_their_shape(tmp_path: Path) -> None:
+    draw_clip(tmp_path / "flat.mp4", 5, 16, (64, 48))
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", tmp_path / "flat.mp4", "-vf", "setsar=2", "-c:v", "libx264", tmp_path / "a.mp4"]
+    subprocess.run(command, check=True, capture_output=True)
+    info = probe(tmp_path / "a.mp4")
+    assert (info.width, info.height) == (128, 48)
+
+
+@pytest.mark.parametrize("suffix,codec,depth", [(".mov", "prores_ks", "yuv422p10le"), (".mp4", "libx265", "yuv420p10le")])
+def test_ten_bits_are_read(tmp_path: Path, suffix: str, codec: str, depth: str) -> None:
+    path = numbered_clip(tmp_path / f"a{suffix}", 40, 16, codec, depth)
+    pixels = read(path, Bucket(17, 48, 64), 16.0, 1.0)
+    assert [number_in(pixels[:, i]) for i in range(17)] == list(range(16, 33))
+
+
+def test_a_member_of_a_tar_file_is_read_in_place(tmp_path: Path) -> None:
+    draw_image(tmp_path / "plain" / "a.png", seed=3)
+    draw_clip(tmp_path / "plain" / "b.mp4", 20, 16)
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for name in ("a.png", "b.mp4"):
+            tar.add(tmp_path / "plain" / name, f"deep/{name}")
+    inside = {f.name: f for f in members(tmp_path / "shard.tar")}
+    assert str(inside["a.png"]) == f"{tmp_path}/shard.tar/deep/a.png"
+    for name, fps, bucket in (("a.png", None, SQUARE), ("b.mp4", 16.0, Bucket(9, 48, 64))):
+        outside = File(tmp_path / "plain" / name)
+        assert media.probe(inside[name]) == media.probe(outside)
+        assert inside[name].digest() == outside.digest()
+        assert torch.equal(media.read(inside[name], bucket, fps), media.read(outside, bucket, fps))
+
+
+def test_a_tar_file_cut_short_is_told(tmp_path: Path) -> None:
+    draw_image(tmp_path / "a.png", (256, 256))
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+    [inside] = members(tmp_path / "shard.tar")
+    (tmp_path / "shard.tar").write_bytes((tmp_path / "shard.tar").read_bytes()[:900])
+    with pytest.raises(MediaError, match="ends inside it"):
+        media.read(inside, SQUARE)
+    (tmp_path / "text.tar").write_text("no tar")
+    with pytest.raises(MediaError, match="not a readable tar file"):
+        members(tmp_path / "text.tar")
+
+
+def test_a_mask_is_cropped_as_its_picture_and_averaged_over_latent_cells(tmp_path: Path) -> None:
+    wide = np.zeros((32, 96), np.uint8)
+    wide[:, 32:48] = 255  # the left half of the square in the middle
+    Image.fromarray(wide).save(tmp_path / "mask.png")
+    mask = media.read_mask(File(tmp_path / "mask.png"), SQUARE, 8, (96, 32))
+    assert torch.equal(mask, torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 4, 4))
+    with pytest.raises(MediaError, match="a mask of 96x32 for a picture of 64x32"):
+        media.read_mask(File(tmp_path / "mask.png"), SQUARE, 8, (64, 32))
+
+
+def test_a_long_videos_frames_are_never_all_in_memory(tmp_path: Path) -> None:
+    path = draw_clip(tmp_path / "a.mp4", 400, 25, (640, 480), encoding={"crf": "30", "preset": "ultrafast"})
+    program = (
+        "import resource, sys, torch\nfrom pathlib import Path\n"
+        "from diffpipe.data.buckets import Bucket\nfrom diffpipe.data.files import File\nfrom diffpipe.data.media import probe, read\n"
+        "read(File(Path(sys.argv[1])), Bucket(5, 48, 64), 25.0)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\nprobe(File(Path(sys.argv[1])))\n"
+        "read(File(Path(sys.argv[1])), Bucket(5, 48, 64), 25.0, 15.0)\n"
+        "read(File(Path(sys.argv[1])), Bucket(320, 48, 64), 20.0)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 60_000, "400 frames of 640 x 480 would be 368 MB"

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from diffpipe.config.schema import FolderConfig
+from diffpipe.config.schema import DataConfig
+from diffpipe.data.captions import Span
 from diffpipe.data.scan import Found, Remembered, scan
 from diffpipe.errors import ConfigError, DiffpipeError
 from tests.drawn import draw_clip, draw_image, together
 
 
-def look(*folders: Path, takes_video: bool = True, memory: Path = Path("nowhere"), **more: object) -> Found:
-    return scan([FolderConfig(path=str(f)) for f in folders], takes_video=takes_video, memory=Remembered(memory), **more)  # type: ignore[arg-type]
+def look(*folders: Path, takes_video: bool = True, memory: Path = Path("nowhere"), settings: dict | None = None, **more: object) -> Found:
+    data = DataConfig.model_validate({"folders": [{"path": str(f), **(settings or {})} for f in folders]})
+    return scan(data.folders, data.of, takes_video=takes_video, memory=Remembered(memory), **more)  # type: ignore[arg-type]
 
 
 def reasons(found: Found) -> dict[str, str]:
-    return {d.path.name: d.reason for d in found.dropped}
+    return {d.file.name: d.reason for d in found.dropped}
 
 
 def test_images_and_videos_are_found_with_their_captions(tmp_path: Path) -> None:
     draw_image(tmp_path / "b.PNG", caption=" a fox \n")
     draw_clip(tmp_path / "a.mp4", 5, 16, caption="ein Fuchs läuft")
     found = look(tmp_path)
-    assert [(c.path.name, c.info.kind, c.caption) for c in found.clips] == [
+    assert [(c.file.name, c.info.kind, c.spans[0].texts[0]) for c in found.clips] == [
         ("a.mp4", "video", "ein Fuchs läuft"),
         ("b.PNG", "image", "a fox"),
     ]
@@ -34,18 +39,16 @@ def test_images_and_videos_are_found_with_their_captions(tmp_path: Path) -> None
 
 def test_a_caption_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     draw_image(tmp_path / "a.png").with_suffix(".txt").write_bytes(b"\xef\xbb\xbfa fox")
-    assert look(tmp_path).clips[0].caption == "a fox"
+    assert look(tmp_path).clips[0].spans[0].texts[0] == "a fox"
 
 
 def test_bad_captions_are_faults_that_name_the_caption_file(tmp_path: Path) -> None:
     draw_image(tmp_path / "good.png")
-    draw_image(tmp_path / "missing.png", caption=None)
     draw_image(tmp_path / "empty.png", caption=" \n")
     draw_image(tmp_path / "latin.png").with_suffix(".txt").write_bytes("schön".encode("latin-1"))
     found = look(tmp_path)
-    assert [c.path.name for c in found.clips] == ["good.png"]
+    assert [c.file.name for c in found.clips] == ["good.png"]
     told = reasons(found)
-    assert "missing.txt" in told["missing.png"] and "no caption" in told["missing.png"]
     assert "empty" in told["empty.png"]
     assert "byte 3" in told["latin.png"] and "UTF-8" in told["latin.png"]
     assert all(d.fault for d in found.dropped)
@@ -61,7 +64,7 @@ def test_other_files_are_counted_and_hidden_ones_ignored(tmp_path: Path) -> None
     assert reasons(found) == {
         "notes.md": "not media",
         "lonely.txt": "a caption without media",
-        "deeper": "a folder in a data folder is not searched",
+        "deeper": "a folder in a folder, searched only with recursive",
     }
     assert not any(d.fault for d in found.dropped)
 
@@ -70,7 +73,7 @@ def test_a_video_is_set_aside_for_a_family_of_images(tmp_path: Path) -> None:
     draw_image(tmp_path / "a.png")
     draw_clip(tmp_path / "b.mp4", 5, 16)
     [dropped] = look(tmp_path, takes_video=False).dropped
-    assert dropped.path.name == "b.mp4" and "images only" in dropped.reason and not dropped.fault
+    assert dropped.file.name == "b.mp4" and "images only" in dropped.reason and not dropped.fault
 
 
 def test_unreadable_files_are_faults(tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     path = draw_image(tmp_path / "media" / "a.png")
     memory = tmp_path / "files.json"
     clips = look(tmp_path / "media").clips
-    Remembered(memory).save((c.path, c.info, c.digest) for c in clips)
+    Remembered(memory).save(clips)
     stat = path.stat()
     path.write_bytes(b"x" * stat.st_size)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -118,3 +121,119 @@ def test_a_damaged_memory_costs_time_only(tmp_path: Path) -> None:
     draw_image(tmp_path / "media" / "a.png")
     (tmp_path / "files.json").write_text("{")
     assert len(look(tmp_path / "media", memory=tmp_path / "files.json").clips) == 1
+
+
+def test_a_file_without_a_caption_trains_and_is_counted(tmp_path: Path) -> None:
+    draw_image(tmp_path / "with.png")
+    draw_image(tmp_path / "without.png", caption=None)
+    found = look(tmp_path)
+    assert [(c.file.name, c.spans[0].texts) for c in found.clips] == [("with.png", ("a drawing",)), ("without.png", ())]
+    assert [f.name for f in found.captionless] == ["without.png"] and not found.dropped
+
+
+def test_captions_come_from_lists_too_and_a_files_own_comes_first(tmp_path: Path) -> None:
+    for name in ("a", "b", "c", "d"):
+        draw_image(tmp_path / f"{name}.png", caption="beside" if name == "a" else None)
+    draw_image(tmp_path / "in" / "e.png", caption=None)
+    (tmp_path / "captions.json").write_text(json.dumps({"a.png": "listed", "b.png": ["one", "another"], "in/e.png": "deep"}))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "a row"}\n\n{"file_name": "d.png", "caption": ["x", "y"]}\n')
+    found = look(tmp_path, settings={"recursive": True})
+    assert {c.file.name: c.spans[0].texts for c in found.clips} == {
+        "a.png": ("beside",),
+        "b.png": ("one", "another"),
+        "c.png": ("a row",),
+        "d.png": ("x", "y"),
+        "e.png": ("deep",),
+    }
+    assert not found.dropped and not found.captionless
+
+
+def test_rows_with_times_are_parts_of_a_video(tmp_path: Path) -> None:
+    draw_clip(tmp_path / "a.mp4", 48, 16, caption=None)
+    rows = [{"file_name": "a.mp4", "text": "first", "end": 1.0}, {"file_name": "a.mp4", "text": "second", "start": 1.5, "end": 2.5}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [clip] = look(tmp_path).clips
+    assert clip.spans == (Span(("first",), None, 1.0), Span(("second",), 1.5, 2.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("captions.json", "[1]", "holds no file names"),
+        ("captions.json", '{"a.png": 3}', "the caption of a.png is 3"),
+        ("captions.json", '{"a.png": ["x", " "]}', "none of them empty"),
+        ("captions.json", '{"a.png"', "not valid JSON"),
+        ("metadata.jsonl", '{"text": "x"}', "line 1 has no file_name"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{', "not valid JSON, line 2"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "start": 3, "end": 2}', "before it starts"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "start": "soon"}', "no time"),
+    ],
+)
+def test_a_list_that_cannot_be_read_stops_rather_than_training_without_captions(tmp_path: Path, name: str, text: str, told: str) -> None:
+    draw_image(tmp_path / "a.png", caption=None)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DiffpipeError, match=told):
+        look(tmp_path)
+
+
+def test_the_ending_of_caption_files_is_a_choice(tmp_path: Path) -> None:
+    draw_image(tmp_path / "a.png", caption="not this").with_suffix(".caption").write_text("this")
+    found = look(tmp_path, settings={"captions": {"extension": ".caption"}})
+    assert found.clips[0].spans[0].texts == ("this",)
+
+
+def test_files_that_share_one_caption_are_both_told(tmp_path: Path) -> None:
+    draw_image(tmp_path / "a.png")
+    draw_image(tmp_path / "a.jpg")
+    draw_image(tmp_path / "b.png")
+    found = look(tmp_path)
+    assert [c.file.name for c in found.clips] == ["b.png"]
+    assert reasons(found)["a.png"].startswith("shares its caption a.txt with a.jpg") and "a.png" in reasons(found)["a.jpg"]
+
+
+def test_folders_inside_are_searched_once_even_through_a_loop_of_links(tmp_path: Path) -> None:
+    draw_image(tmp_path / "top.png")
+    draw_image(tmp_path / "in" / "deep" / "a.png")
+    (tmp_path / "in" / "back").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "again").symlink_to(tmp_path / "in" / "deep", target_is_directory=True)
+    found = look(tmp_path, settings={"recursive": True})
+    assert sorted(c.file.name for c in found.clips) == ["a.png", "top.png"]
+
+
+def test_tar_shards_are_read_in_place_with_their_captions(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    draw_image(plain / "000.jpg", caption="zero")
+    draw_image(plain / "001.png", caption=None)
+    (plain / "001.json").write_text('{"caption": "one", "width": 3}')
+    draw_image(plain / "002.png", caption=None)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with tarfile.open(folder / "shard-0.tar", "w") as tar:
+        for path in sorted(plain.iterdir()):
+            tar.add(path, path.name)
+    (folder / "bad.tar").write_bytes(b"no tar at all")
+    found = look(folder)
+    assert [(str(c.file), c.spans[0].texts) for c in found.clips] == [
+        (f"{folder}/shard-0.tar/000.jpg", ("zero",)),
+        (f"{folder}/shard-0.tar/001.png", ("one",)),
+        (f"{folder}/shard-0.tar/002.png", ()),
+    ]
+    assert [(d.file.name, d.fault) for d in found.dropped] == [("bad.tar", True)]
+
+
+def test_masks_go_with_the_pictures_of_their_stems(tmp_path: Path) -> None:
+    draw_image(tmp_path / "data" / "a.jpg")
+    draw_image(tmp_path / "data" / "b.jpg")
+    draw_image(tmp_path / "masks" / "a.png", caption=None)
+    found = look(tmp_path / "data", settings={"masks": str(tmp_path / "masks")})
+    assert [c.mask[0].name if c.mask else None for c in found.clips] == ["a.png", None]
+    with pytest.raises(ConfigError, match="folder of masks"):
+        look(tmp_path / "data", settings={"masks": str(tmp_path / "nowhere")})
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is forbidden to this user")
+def test_a_forbidden_file_is_a_fault(tmp_path: Path) -> None:
+    draw_image(tmp_path / "a.png").chmod(0)
+    draw_image(tmp_path / "b.png")
+    found = look(tmp_path)
+    assert [c.file.name for c in found.clips] == ["b.png"] and "Permission" in reasons(found)["a.png"]

@@ -1,0 +1,41 @@
+"""How worker processes of loaders start, and what is said when one ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffpipe.errors import DiffpipeError
+
+
+def worker_context() -> Any:
+    """A way that never copies a process which may hold a CUDA context, decoder threads or NCCL's."""
+    if sys.platform == "win32":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # torch is imported once, in the server the workers come from.
+    context.set_forkserver_preload(["diffpipe.data.loader"])
+    return context
+
+
+@contextmanager
+def told_of_death(key: str) -> Iterator[None]:
+    """Turns what torch and multiprocessing raise when a worker was killed into a DiffpipeError.
+
+    Args:
+        key: of the config, that says how many workers there are.
+    """
+    try:
+        yield
+    except (RuntimeError, EOFError, ConnectionError) as fault:
+        if isinstance(fault, RuntimeError) and "DataLoader worker" not in str(fault):
+            raise
+        raise DiffpipeError(
+            f"a worker process was ended from outside: {(str(fault) or type(fault).__name__).splitlines()[0]}",
+            where=key,
+            expected="enough memory for each worker; the system ends one when it runs out",
+            fix=f"lower {key}, then run again; nothing that was finished is lost",
+        ) from fault
