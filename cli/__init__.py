@@ -69,11 +69,11 @@ def export(
 
 
 @app.command()
-def models() -> None:
+def models(markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False) -> None:
     """List the model families and what each supports."""
     from diffpipe.cli.models import models_command
 
-    run_command(models_command)
+    run_command(lambda: models_command(markdown))
 
 
 @app.command()

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 
-def models_command() -> None:
+def models_command(markdown: bool) -> None:
+    from diffpipe.models import support
+
+    if markdown:
+        print(support.markdown(), end="")
+        return
     from rich.console import Console
     from rich.table import Table
 
-    from diffpipe.models import MODELS, model_class
-
-    table = Table("model.family", "models", "media", "frames", "sizes in pixels")
-    for name in sorted(MODELS):
-        family = model_class(name)
-        shape = family.geometry
-        frames = f"{shape.temporal}k+1 at {shape.fps:g}/s" if shape.fps else "1"
-        table.add_row(name, family.title, "image, video" if shape.fps else "image", frames, f"multiples of {shape.multiple}")
+    rows, alike = support.support()
+    table = Table()
+    for column in rows[0]:
+        table.add_column(column, no_wrap=column == "model.family")
+    for row in rows:
+        table.add_row(*row.values())
     console = Console()
     console.print(table)
-    console.print("Each trains LoRAs and all weights, from a diffusers folder or a single file (original or ComfyUI names).")
+    for line in support.alike_lines(alike):
+        console.print(line, highlight=False)
