@@ -83,7 +83,7 @@ def export_tensors(
     for kind in formats:
         about = {**metadata(config, model), "diffpipe.format": kind}
         if kind == "comfyui":
-            named = to_original(whole, model.original_names())
+            named = {model.written + name: t for name, t in to_original(whole, model.original_names()).items()}
             paths.append(write_safetensors(folder / f"{model.name}-comfyui.safetensors", named, about))
         else:
             paths.append(write_folder(folder / model.component, whole, model, about))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 MODELS: dict[str, str] = {
     "chroma": "diffpipe.models.chroma:Chroma",
+    "cosmos": "diffpipe.models.cosmos:Cosmos",
     "flux": "diffpipe.models.flux:Flux",
     "ltx-video": "diffpipe.models.ltx_video:LTXVideo",
     "wan": "diffpipe.models.wan:Wan",

@@ -96,6 +96,7 @@ class DiffusionModel(ABC):
     component: ClassVar[str] = "transformer"  # the denoiser's name in the pipeline
     originals: ClassVar[Originals | None] = None  # the names of its original checkpoint, without which only diffusers' are known
     prefixes: ClassVar[tuple[str, ...]] = ("model.diffusion_model.", "diffusion_model.")  # what files put before those
+    written: ClassVar[str] = ""  # what is written before the names of full weights in that layout, where readers look for it
     encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
     process: ClassVar[str] = "rectified flow"  # what noise does to data, and so what is learned, in the words of the field
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps

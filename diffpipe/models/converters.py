@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any
 
 from torch import Tensor
@@ -63,6 +65,31 @@ def _ltx_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     from diffusers.loaders.single_file_utils import convert_ltx_vae_checkpoint_to_diffusers
 
     return convert_ltx_vae_checkpoint_to_diffusers({f"vae.{n}": t for n, t in tensors.items()})
+
+
+def _cosmos_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """NVIDIA's causal video tokenizer, as in ComfyUI's file; its statistics of latents are those that the class has."""
+    table = {
+        r"(conv\w+)\.0\.conv3d\.": r"\1.conv_s.",
+        r"(conv\w+)\.1\.conv3d\.": r"\1.conv_t.",
+        r"\.conv3d\.": ".",
+        r"nin_shortcut\.": "conv_shortcut.",
+        r"mid\.block_([12])\.": lambda m: f"mid_block.resnets.{int(m[1]) - 1}.",
+        r"mid\.attn_1\.0\.": "mid_block.attentions.0.",
+        r"mid\.attn_1\.1\.": "mid_block.temp_attentions.0.",
+        r"\.([qkv])\.": r".to_\1.",
+        r"proj_out\.": "to_out.0.",
+        r"down\.(\d)\.": r"down_blocks.\1.",
+        # Counted from the outside in, the decoder's run from the inside out.
+        r"up\.(\d)\.": lambda m: f"up_blocks.{len(config['decode_block_out_channels']) - 2 - int(m[1])}.",
+        r"\.block\.": ".resnets.",
+        r"(down|up)sample\.": r"\1samplers.0.",
+    }
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(("wavelets", "_arange", "patch_size_buffer", "latent_mean", "latent_std")):
+            named[reduce(lambda n, rule: re.sub(rule[0], rule[1], n), table.items(), name)] = tensor
+    return named
 
 
 def _wan_umt5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
@@ -128,6 +155,7 @@ def _clip_vision(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 # By class: a component of a name that only one kind of file has, and what turns such a file into the class' names.
 CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]] = {
     "AutoencoderKL": {"encoder.down.0.block": _ldm_vae},
+    "AutoencoderKLCosmos": {"encoder.mid.block_1.": _cosmos_vae},
     "AutoencoderKLLTXVideo": {"per_channel_statistics.": _ltx_vae},
     "AutoencoderKLWan": {"encoder.downsamples.": _wan_vae},
     "CLIPVisionModel": {"cls_embedding": _wan_clip, "visual_projection.": _clip_vision},

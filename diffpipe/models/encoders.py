@@ -108,6 +108,8 @@ def file_shapes(component: Component) -> dict[str, tuple[int, ...]]:
 
 
 def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+
     assert component.file is not None
     tensors = file_tensors(component)
     state = {n: _cast(realise(t), dtype) for n, t in tensors.items()}
@@ -119,7 +121,8 @@ def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
         missing, extra = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
         wrong = [str(m[0]) for m in told["mismatched_keys"]]
     else:
-        with torch.device("meta"):
+        # Buffers stay real: those that no file holds, such as wavelets, are made here.
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
             module = kind.from_config(component.config)
         wanted = module.state_dict()
         missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())

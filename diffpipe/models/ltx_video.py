@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,17 +60,7 @@ class LTXVideo(DiffusionModel):
     originals = Originals(denoiser, original_shapes)
 
     def component_config(self, component: Component) -> dict[str, Any]:
-        """The VAE changed twice: 0.9.1 gave its decoder a timestep, 0.9.5 gave its encoder and positions in time another form."""
-        if component.name != "vae":
-            return component.config
-        names = file_shapes(component)
-        # Of the original names and of diffusers' own: a layer that only downsampling beside a shortcut has, and the decoder's timestep.
-        later = any(n in names for n in ("encoder.down_blocks.1.conv.conv.weight", "encoder.down_blocks.0.downsamplers.0.conv.conv.weight"))
-        timed = any(n.startswith(("decoder.last_time_embedder.", "decoder.time_embedder.")) for n in names)
-        if (later, timed) == (_later(component.config), bool(component.config.get("timestep_conditioning"))):
-            return component.config
-        released = shipped(self.name)["vae"].config
-        return released if later else {**released, **EARLIER_ENCODER, **(DECODER_091 if timed else DECODER_090)}
+        return vae_config(component.config, file_shapes(component)) if component.name == "vae" else component.config
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C f h w, the mode of the posterior, each channel to mean 0 and deviation 1 by the VAE's own statistics."""
@@ -129,6 +119,23 @@ class LTXVideo(DiffusionModel):
         assert self.geometry.fps is not None
         down, across = (torch.arange(n, dtype=torch.float32) * side for n in (rows, columns))
         return torch.stack(torch.meshgrid(frame / self.geometry.fps, down, across, indexing="ij")).reshape(1, 3, -1)
+
+
+def vae_config(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """The config of the VAE that a file holds: ``config`` where it is of the same version, else the released one.
+
+    0.9.1 gave the decoder a timestep, and 0.9.5 the encoder another form, which 0.9.6 to 0.9.8 kept.
+
+    Args:
+        names: of the file's tensors, original ones or diffusers' own.
+    """
+    # A layer that only downsampling beside a shortcut has.
+    later = not {"encoder.down_blocks.1.conv.conv.weight", "encoder.down_blocks.0.downsamplers.0.conv.conv.weight"}.isdisjoint(names)
+    timed = any(n.startswith(("decoder.last_time_embedder.", "decoder.time_embedder.")) for n in names)
+    if (later, timed) == (_later(config), bool(config.get("timestep_conditioning"))):
+        return config
+    released = shipped("ltx-video")["vae"].config
+    return released if later else {**released, **EARLIER_ENCODER, **(DECODER_091 if timed else DECODER_090)}
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -54,12 +54,12 @@ def make_wan_vae(clips: Tensor) -> Any:
     return vae
 
 
-def make_t5(kind: str, tokenizer: Any) -> Any:
-    """A small text encoder: ``kind`` is "T5" or "UMT5"."""
+def make_t5(kind: str, tokenizer: Any, feed_forward: str = "gated-gelu") -> Any:
+    """A small text encoder: ``kind`` is "T5" or "UMT5"; the first T5, of 2019, has another ``feed_forward``: "relu"."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj=feed_forward
     )
     return getattr(transformers, f"{kind}EncoderModel")(config)
 

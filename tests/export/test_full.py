@@ -24,7 +24,7 @@ from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.stage import sum_errors
 from diffpipe.run import CONFIG, dump
 from diffpipe.takeaway import export_run
-from tests.export.tiny import MakeConfig, aligned, model_of, output_of, trained
+from tests.export.tiny import MakeConfig, aligned, as_trained, model_of, output_of, trained
 from tests.families import microbatch
 
 
@@ -39,7 +39,8 @@ def test_a_folder_loads_with_from_pretrained_and_gives_the_trained_output(make_c
     (path,) = export(config, module.state_dict(), tmp_path, "diffusers")
     loaded = getattr(diffusers, model_of(config).denoiser).from_pretrained(path).eval()
     assert all(torch.equal(t, module.state_dict()[n]) for n, t in loaded.state_dict().items())
-    assert torch.equal(output_of(aligned(loaded), model_of(config)), output_of(module, model_of(config)))
+    model = model_of(config)
+    assert torch.equal(output_of(as_trained(loaded, model), model), output_of(module, model))
 
 
 def test_a_folder_in_several_files_loads_with_from_pretrained(make_config: MakeConfig, family: str, tmp_path: Path) -> None:

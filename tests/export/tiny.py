@@ -49,6 +49,13 @@ def output_of(module: nn.Module, model: DiffusionModel) -> Tensor:
     return module(**inputs, return_dict=False)[0]
 
 
+def as_trained(loaded: nn.Module, model: DiffusionModel) -> nn.Module:
+    """What ``from_pretrained`` gave, made again as the family makes the class: what its ``prepare`` does is no part of that."""
+    made: nn.Module = type(loaded).from_config(model.class_config(dict(loaded.config)))
+    made.load_state_dict(loaded.state_dict())
+    return made.eval()
+
+
 def aligned(module: nn.Module) -> nn.Module:
     """The module with its weights moved to aligned memory: a mapped file's are not, and then sums round differently."""
     for parameter in module.parameters():

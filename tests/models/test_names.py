@@ -17,6 +17,8 @@ from diffpipe.models.names import NameMap, converter, original_names, to_diffuse
 
 # By family: changes of the shipped config that make another released variant, and the number of tensors in its single file.
 RELEASED: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
+    # 20 tensors in each of 28 or 36 blocks and 10 outside of them, counted in ComfyUI's comfy/ldm/cosmos/model.py.
+    "cosmos": {"7b": ({}, 570), "14b": ({"num_attention_heads": 40, "num_layers": 36, "rope_scale": [2.0, 2.0, 2.0]}, 730)},
     # 20 tensors in each of 19 double blocks, 6 in each of 38 single ones, 29 in distilled_guidance_layer and 6 beside them, counted in
     # lodestone-rock/flow's src/models/chroma/model.py.
     "chroma": {"1": ({}, 643)},
