@@ -74,6 +74,7 @@ class Cosmos(DiffusionModel):
     prefixes = ("net.", *DiffusionModel.prefixes)
     written = "net."
     unused = frozenset({"safety_checker"})
+    process = "EDM"
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:
         return super().make_pipeline({**components, "safety_checker": NoChecker()})
