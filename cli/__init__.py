@@ -37,11 +37,32 @@ def train(
 
 
 @app.command()
-def cache(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B006
+def cache(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    verify: Annotated[bool, typer.Option("--verify", help="Check every byte first; what is damaged is encoded again.")] = False,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Encode again what is cached too.")] = False,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove afterwards what this config does not use.")] = False,
+) -> None:
     """Encode the data of a config and report what was encoded, reused and left out."""
     from diffpipe.cli.cache import cache_command
 
-    run_command(lambda: cache_command(config, overrides))
+    run_command(lambda: cache_command(config, overrides, verify, rebuild, prune))
+
+
+@app.command()
+def inspect(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Folder for pictures.", show_default="OUTPUT_DIR/inspect")
+    ] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Also encode some samples and show what the VAE gives back.")] = False,
+) -> None:
+    """Show buckets, steps, captions, dropped files and every crop; trains and caches nothing."""
+    from diffpipe.cli.inspect import inspect_command
+
+    run_command(lambda: inspect_command(config, overrides, output, decode))
 
 
 @app.command()

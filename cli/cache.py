@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def cache_command(config: Path, overrides: list[str]) -> None:
+def cache_command(config: Path, overrides: list[str], verify: bool, rebuild: bool, prune: bool) -> None:
     from diffpipe.config.load import load_config
 
     loaded = load_config(config, overrides)
@@ -15,4 +15,4 @@ def cache_command(config: Path, overrides: list[str]) -> None:
     quiet_libraries()
     from diffpipe.train import cache
 
-    cache(loaded, make_sinks=make_sinks)
+    cache(loaded, make_sinks=make_sinks, verify=verify, rebuild=rebuild, prune=prune)

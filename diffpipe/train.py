@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 
 from diffpipe import checkpoint
 from diffpipe.config.schema import Config
+from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
-from diffpipe.encode import EncodeProgress, prepare_data
+from diffpipe.encode import EncodeProgress, cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.metrics import EvalRecord, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
@@ -70,8 +71,13 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
     return run.folder
 
 
-def cache(config: Config, *, make_sinks: MakeSinks) -> None:
+def cache(config: Config, *, make_sinks: MakeSinks, verify: bool = False, rebuild: bool = False, prune: bool = False) -> None:
     """Act one alone: encode what the config's folders hold and the cache lacks, and report it.
+
+    Args:
+        verify: compare every shard with its hash first, and remove those that differ.
+        rebuild: encode what the cache holds too.
+        prune: remove afterwards what this config does not use.
 
     Raises:
         DiffpipeError: for whatever the user can cure.
@@ -80,7 +86,15 @@ def cache(config: Config, *, make_sinks: MakeSinks) -> None:
     with open_mesh(config.mesh) as mesh:
         sinks = Sinks(make_sinks() if mesh.reporter else [])
         try:
-            open_data(config, make_model(config.model, config.objective), mesh, sinks)
+            folder = cache_folder(config)
+            if verify:
+                for path in mesh.decide(lambda: Cache(folder).verify()):
+                    sinks.note(f"damaged, removed: {path}")
+            samples, held_out = open_data(config, make_model(config.model, config.objective), mesh, sinks, again=rebuild)
+            if prune:
+                used = set().union(*(s.keys() for s in (samples, *held_out.values())))
+                freed = mesh.decide(lambda: Cache(folder).prune(used))
+                sinks.note(f"removed {freed / (1 << 20):.1f} MiB that this config does not use from {folder}")
         finally:
             sinks.close()
 
@@ -104,12 +118,20 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
     return sinks
 
 
-def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks) -> tuple[Samples, dict[str, Samples]]:
+def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, again: bool = False) -> tuple[Samples, dict[str, Samples]]:
     """The training samples and the held-out ones by name, encoded first where the cache lacks them."""
     opened: list[Samples] = []
     for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
         samples, report = prepare_data(
-            config, model, folders, rank=mesh.rank, world=mesh.world, exchange=mesh.exchange, device=mesh.device, progress=_show(sinks)
+            config,
+            model,
+            folders,
+            rank=mesh.rank,
+            world=mesh.world,
+            exchange=mesh.exchange,
+            device=mesh.device,
+            progress=_show(sinks),
+            again=again,
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")

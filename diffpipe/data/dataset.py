@@ -72,6 +72,11 @@ class Samples:
             row["mask"] = torch.ones(cells) if entry.mask is None else self._cache[entry.mask]["mask"]
         return row
 
+    def keys(self) -> set[str]:
+        """The cache keys of everything that the samples need."""
+        own = {k for e in self.entries for k in (e.media, *e.texts, e.mask) if k is not None}
+        return own if self._empty is None else own | {self._empty}
+
     def _text(self, entry: Sample, key: Key) -> str:
         if key.quantile is not None:
             return entry.texts[0]

@@ -81,9 +81,9 @@ class StepSampler(Iterator[Step]):
         return len(self._steps)
 
     @property
-    def leftover(self) -> int:
+    def left(self) -> list[Example]:
         """Examples of the running epoch that fill no batch in it and open the next one."""
-        return len(self._left)
+        return list(self._left)
 
     def steps_in(self, epochs: int) -> int:
         """Steps of the first ``epochs`` epochs together, when trained from the start with this batch size."""

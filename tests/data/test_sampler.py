@@ -7,6 +7,8 @@ from collections import Counter
 from itertools import islice
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.sampler import Step, StepSampler
@@ -49,7 +51,7 @@ def test_the_leftover_of_an_epoch_opens_the_next_one() -> None:
     missed = {(s, r) for s, n in enumerate(REPEATS) for r in range(n)} - {(e.sample, e.repeat) for e in seen}
     stream = sampler(micro=4)
     next(stream)
-    assert stream.leftover == len(missed) > 0
+    assert len(stream.left) == len(missed) > 0
     second = [e for step in epochs(sampler(micro=4), 2)[len(first) :] for e in step.examples]
     late = {(e.sample, e.repeat) for e in second if e.epoch == 0}
     assert {(s, r) for s, r in missed if BUCKETS[s] != C} <= late
@@ -118,7 +120,7 @@ def test_a_stream_resumed_with_another_batch_size_still_shows_each_example_once(
     rest = epochs(again, 6)
     seen = Counter(e for step in before + list_of_steps + rest for e in step.examples)
     assert set(seen.values()) == {1}
-    assert len(seen) + again.leftover >= 6 * sum(REPEATS) - 3 * 3
+    assert len(seen) + len(again.left) >= 6 * sum(REPEATS) - 3 * 3
     assert all(len(s.examples) == 3 for s in rest)
 
 
@@ -134,3 +136,66 @@ def test_changed_samples_begin_a_new_epoch_and_tell() -> None:
 def test_no_samples_is_an_error() -> None:
     with pytest.raises(DiffpipeError, match="no sample"):
         StepSampler([], [], micro=1, accumulate=1, seed=0)
+
+
+# -- for any data and any batch --------------------------------------------------------------------------------------
+
+REPEAT = st.sampled_from([0.25, 0.5, 1.0, 1.5, 2.0, 3.0])
+DATA = st.lists(st.tuples(st.sampled_from([A, B, C]), REPEAT), min_size=1, max_size=30)
+
+
+@given(items=DATA, micro=st.integers(1, 3), accumulate=st.integers(1, 3), replicas=st.integers(1, 3), seed=st.integers(0, 5))
+def test_every_showing_comes_once_and_on_time_for_any_data(
+    items: list[tuple[Bucket, float]], micro: int, accumulate: int, replicas: int, seed: int
+) -> None:
+    buckets, repeats = [b for b, _ in items], [r for _, r in items]
+    make = lambda r: StepSampler(  # noqa: E731
+        buckets, repeats, micro=micro, accumulate=accumulate, seed=seed, replica=r, replicas=replicas
+    )
+    streams = [make(r) for r in range(replicas)]
+    wanted = streams[0].steps_in(4)
+    seen: Counter = Counter()
+    for _ in range(wanted):
+        steps = [next(s) for s in streams]
+        assert len({s.bucket for s in steps}) == 1 and len({s.epoch for s in steps}) == 1
+        for step in steps:
+            assert len(step.examples) == micro * accumulate
+            assert all(buckets[e.sample] == step.bucket and e.epoch <= step.epoch for e in step.examples)
+            seen.update(step.examples)
+    assert all(n == 1 for n in seen.values())
+    assert all(e.epoch < 4 for e in seen), "four epochs hold nothing of the fifth"
+    late = streams[0].left if wanted else []
+    shown = Counter(e.sample for e in [*seen, *late])
+    for i, repeat in enumerate(repeats):
+        assert shown[i] <= int(repeat * 4) + 1
+
+
+@given(items=DATA, before=st.integers(0, 12), seed=st.integers(0, 3))
+def test_a_resumed_stream_goes_on_exactly_for_any_data(items: list[tuple[Bucket, float]], before: int, seed: int) -> None:
+    buckets, repeats = [b for b, _ in items], [r for _, r in items]
+
+    def fresh() -> StepSampler:
+        return StepSampler(buckets, repeats, micro=2, accumulate=1, seed=seed)
+
+    whole, stopped, resumed = fresh(), fresh(), fresh()
+    expected = list(islice(whole, before + 6))[before:]
+    list(islice(stopped, before))
+    assert resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict()))) is None
+    assert list(islice(resumed, 6)) == expected
+
+
+def test_half_a_repeat_shows_each_sample_in_every_second_epoch_and_half_of_them_in_each() -> None:
+    stream = StepSampler([A] * 100, [0.5] * 100, micro=1, accumulate=1, seed=0)
+    seen = epochs(stream, 4)
+    by_epoch = [Counter(e.sample for s in seen if s.epoch == epoch for e in s.examples) for epoch in range(4)]
+    assert by_epoch[0].keys() == by_epoch[2].keys() and by_epoch[1].keys() == by_epoch[3].keys()
+    assert not by_epoch[0].keys() & by_epoch[1].keys() and len(by_epoch[0]) + len(by_epoch[1]) == 100
+    assert 30 < len(by_epoch[0]) < 70
+
+
+def test_every_epoch_has_another_order_and_other_batches() -> None:
+    seen = epochs(sampler(micro=4), 3)
+    orders = [[e.sample for s in seen if s.epoch == epoch for e in s.examples] for epoch in range(3)]
+    batches = [{frozenset(e.sample for e in s.examples) for s in seen if s.epoch == epoch} for epoch in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    assert len(batches[0] & batches[1]) < len(batches[0]) / 2

@@ -1,0 +1,186 @@
+"""Shows what a config's data become before anything is encoded: buckets, steps, captions, what is left out, and every crop."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from diffpipe.config.schema import Config, FolderBase
+from diffpipe.data import images, media
+from diffpipe.data.buckets import Bucket
+from diffpipe.data.dataset import Sample
+from diffpipe.data.sampler import StepSampler
+from diffpipe.data.scan import Dropped, Remembered
+from diffpipe.encode import cache_folder, look, place
+from diffpipe.models import make_model
+from diffpipe.models.base import DiffusionModel
+
+PER_SHEET = 24
+CELL = (220, 260)  # width and height of a picture's place on a sheet, its name included
+ROWS = 6
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """One bucket of a set.
+
+    Attributes:
+        samples: pictures and clips in it.
+        shown: how often the first epoch shows them together.
+        steps: of the first epoch.
+        leftover: showings that fill no batch in the first epoch and open the next one.
+    """
+
+    bucket: Bucket
+    samples: int
+    shown: int
+    steps: int
+    leftover: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What one set of folders holds.
+
+    Attributes:
+        words: of each sample's first caption.
+        captionless: names of files without a caption.
+        fps: rate that clips are taken at, None where the family takes none.
+    """
+
+    name: str
+    fps: float | None
+    samples: list[Sample]
+    buckets: list[BucketRow]
+    dropped: list[Dropped]
+    captionless: list[str]
+    words: list[int]
+
+    @property
+    def steps(self) -> int:
+        return sum(b.steps for b in self.buckets)
+
+    def caption_lines(self) -> list[str]:
+        """How long captions are, for a person."""
+        if not self.words:
+            return []
+        spread = f"{min(self.words)} to {max(self.words)} words, median {statistics.median(self.words):g}"
+        several = sum(len(s.captions) > 1 for s in self.samples)
+        return [f"captions: {spread}" + (f"; {several} samples have several" if several else "")]
+
+
+def survey(config: Config) -> list[Survey]:
+    """What training and held-out sets hold, by the config's own rules; nothing is encoded.
+
+    Raises:
+        DiffpipeError: when a folder is missing or holds no media.
+    """
+    model = make_model(config.model, config.objective)
+    sets = [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]
+    return [_survey(name, folders, config, model) for name, folders in sets]
+
+
+def _survey(name: str, folders: list[FolderBase], config: Config, model: DiffusionModel) -> Survey:
+    memory = Remembered(cache_folder(config) / "files.json")
+    found = look(config, model, folders, memory)
+    memory.save(found.clips)
+    samples, misplaced = place(found.clips, config, model, folders)
+    return Survey(
+        name=name,
+        fps=model.geometry.fps,
+        samples=samples,
+        buckets=_rows(samples, config),
+        dropped=found.dropped + misplaced,
+        captionless=[f.name for f in found.captionless],
+        words=[len(s.captions[0].split()) for s in samples],
+    )
+
+
+def _rows(samples: list[Sample], config: Config) -> list[BucketRow]:
+    if not samples:
+        return []
+    sampler = StepSampler(
+        [s.bucket for s in samples],
+        [s.repeats for s in samples],
+        micro=config.batch.micro,
+        accumulate=config.batch.accumulate * config.mesh.replicate,
+        seed=config.run.seed,
+    )
+    group = config.batch.micro * config.batch.accumulate * config.mesh.replicate
+    steps = Counter(step.bucket for step in (next(sampler) for _ in range(sampler.steps_in_epoch)))
+    left = Counter(samples[e.sample].bucket for e in sampler.left)
+    held = Counter(s.bucket for s in samples)
+    return [BucketRow(b, held[b], steps[b] * group + left[b], steps[b], left[b]) for b in sorted(held)]
+
+
+def contact_sheets(survey: Survey, folder: Path) -> list[Path]:
+    """A picture for each bucket with what it crops: every sample as it is, and what the bucket shows of it in a frame.
+
+    Args:
+        folder: where ``SET-BUCKET.jpg`` go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    by_bucket: dict[Bucket, list[Sample]] = defaultdict(list)
+    for sample in survey.samples:
+        by_bucket[sample.bucket].append(sample)
+    paths = []
+    for bucket, samples in sorted(by_bucket.items()):
+        step = max(1, len(samples) // PER_SHEET)
+        path = folder / f"{survey.name}-{bucket}.jpg"
+        sheet([(_framed(s, survey.fps), _title(s)) for s in samples[::step][:PER_SHEET]]).save(path, quality=90)
+        paths.append(path)
+    return paths
+
+
+def sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:
+    """Pictures with their names in rows."""
+    columns = min(ROWS, len(cells))
+    rows = -(-len(cells) // columns)
+    whole = Image.new("RGB", (columns * CELL[0], rows * CELL[1]), "white")
+    pen = ImageDraw.Draw(whole)
+    for i, (picture, title) in enumerate(cells):
+        left, top = i % columns * CELL[0], i // columns * CELL[1]
+        small = picture.copy()
+        small.thumbnail((CELL[0] - 10, CELL[1] - 44), Image.Resampling.LANCZOS)
+        whole.paste(small, (left + (CELL[0] - small.width) // 2, top + 4))
+        for line, text in enumerate(title.splitlines()[:2]):
+            pen.text((left + 6, top + CELL[1] - 36 + 15 * line), text, fill="black")
+    return whole
+
+
+def _framed(sample: Sample, fps: float | None) -> Image.Image:
+    """The sample's first frame with its crop: what is cut off is dimmed, what trains has a frame."""
+    height, width = sample.source
+    picture = _first_frame(sample, fps)
+    box = images.crop_of(width, height, (sample.bucket.width, sample.bucket.height))
+    scale = picture.width / width
+    inner = tuple(round(v * scale) for v in box)
+    dimmed = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.6)
+    dimmed.paste(picture.crop(inner), inner[:2])
+    ImageDraw.Draw(dimmed).rectangle((inner[0], inner[1], inner[2] - 1, inner[3] - 1), outline=(230, 30, 30), width=3)
+    return dimmed
+
+
+def _first_frame(sample: Sample, fps: float | None) -> Image.Image:
+    height, width = sample.source
+    small = min(1.0, 640 / max(width, height))
+    size = Bucket(1, max(1, round(height * small)), max(1, round(width * small)))
+    pixels = media.read(sample.file, size, None if sample.start is None else fps, sample.start or 0.0)
+    return to_picture(pixels)
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """The first frame of C F H W pixels in [-1, 1]."""
+    frame = pixels[:, 0].clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(frame.numpy())
+
+
+def _title(sample: Sample) -> str:
+    name = sample.file.name
+    when = "" if sample.start is None else f" at {sample.start:.2f} s"
+    return f"{name[-30:]}{when}\n{sample.captions[0][:34]}"
