@@ -352,6 +352,10 @@ class DiffusionModel(ABC):
         """The cached tensors of a step's samples, made stackable: a family whose captions differ in length pads here."""
         return rows
 
+    def spread(self, mask: Tensor, target: Tensor) -> Tensor:
+        """A mask of latent cells (B 1 h w) as a weight that broadcasts to a target; a family that packs latents packs it here."""
+        return mask if target.ndim == 4 else mask.unsqueeze(2)
+
     def adapter_targets(self, module: nn.Module) -> list[str]:
         """Names of the layers an adapter goes on unless the config names others: every linear layer in a unit."""
         roots = tuple(unit.removesuffix("*") if unit.endswith(".*") else unit + "." for unit in self.spec.units)

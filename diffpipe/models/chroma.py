@@ -85,3 +85,6 @@ class Chroma(DiffusionModel):
             "attention_mask": torch.cat([batch["attended"], torch.ones(count, rows * columns, dtype=torch.bool)], 1),
         }
         return inputs, [(flux.pack(e - clean), None)]
+
+    def spread(self, mask: Tensor, target: Tensor) -> Tensor:
+        return flux.pack(mask.expand(-1, target.shape[-1] // 4, -1, -1))

@@ -83,6 +83,9 @@ class Flux(DiffusionModel):
         }
         return inputs, [(pack(e - clean), None)]
 
+    def spread(self, mask: Tensor, target: Tensor) -> Tensor:
+        return pack(mask.expand(-1, target.shape[-1] // 4, -1, -1))
+
 
 def latents_of(encoders: Encoders, pixels: Tensor) -> Tensor:
     """B C h w, the mode of the posterior for pictures B C 1 H W, shifted and scaled as the VAE's config says."""

@@ -106,6 +106,9 @@ class LTXVideo(DiffusionModel):
         }
         return inputs, [(pack(e - clean), None)]
 
+    def spread(self, mask: Tensor, target: Tensor) -> Tensor:
+        return mask.flatten(1).unsqueeze(2).repeat(1, target.shape[1] // mask[0].numel(), 1)  # the same in each latent frame
+
     def positions(self, frames: int, rows: int, columns: int) -> Tensor:
         """Seconds, pixels down and pixels across of each token, 1 3 (f h w).
 
