@@ -29,3 +29,9 @@ def test_a_mask_weighs_the_parts_of_the_target_that_its_cells_decide(toys: Calla
     _, [(other, _)] = model.prepare({**batch, "latents": shifted}, keys)
     weight = model.spread(mask, target).expand_as(target)
     assert torch.equal(weight != 0, other != target)
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_no_family_caches_a_tensor_under_the_name_that_masks_have_in_a_batch(toys: Callable[[str], Path], family: str) -> None:
+    # The loader takes "mask" out of a batch before the family sees it (diffpipe/data/loader.py).
+    assert "mask" not in encoded(make_model(ModelConfig(family=family, path=str(toys(family)), dtype="float32"), ObjectiveConfig()))
