@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import diffusers
@@ -10,8 +11,9 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from diffpipe.config.schema import ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, DiffpipeError
-from diffpipe.models import MODELS, model_class
+from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.blueprint import shipped
 from diffpipe.models.names import NameMap, converter, original_names, to_diffusers, to_original
 
@@ -57,6 +59,19 @@ def test_every_row_of_a_released_model_is_exported_exactly_once(family: str, cha
     assert len(names) == count
     exported = torch.cat([t.reshape(-1) for t in to_original(rows, names).values()])
     assert torch.equal(exported.sort().values, torch.arange(sum(len(t) for t in rows.values())))
+
+
+@pytest.mark.parametrize(("family", "changes", "count"), CASES)
+def test_a_released_file_tells_the_sizes_of_its_variant(family: str, changes: dict[str, Any], count: int) -> None:
+    model = make_model(ModelConfig(family=family), ObjectiveConfig())
+    base = shipped(family)[model.component].config
+    with init_empty_weights():
+        module = getattr(diffusers, model.denoiser).from_config(base | changes)
+    weights = module.state_dict()
+    original = to_original(weights, original_names(model_class(family).originals, weights))
+    told = model.file_config({name: tuple(t.shape) for name, t in original.items()})
+    assert base | told == base | changes | told
+    assert json.dumps(told) == json.dumps({key: module.config[key] for key in told})
 
 
 @pytest.mark.parametrize(("family", "changes", "count"), CASES)
