@@ -17,8 +17,9 @@ from diffpipe.models.blueprint import Component, shipped
 from diffpipe.models.converters import to_library_names
 from diffpipe.models.encoders import load_component
 from diffpipe.models.ltx_video import LTXVideo, vae_config
-from diffpipe.models.weights import lazily
-from tests.families import encoded
+from diffpipe.models.names import to_original
+from diffpipe.models.weights import lazily, realise
+from tests.families import encoded, encoders_of
 
 Shapes = dict[str, tuple[int, ...]]
 # What Lightricks' configs say of each version (as in ComfyUI's guess_config): kind of block, layers or factor of the channels,
@@ -196,6 +197,19 @@ def test_a_vae_is_read_from_a_file_with_the_transformer(tmp_path: Path, version:
     assert torch.equal(one, other)
     assert torch.equal(loaded.latents_std, module.latents_std)
     assert one.shape == (1, 4, 2, 2, 1)
+
+
+def test_one_file_holds_the_transformer_and_the_vae(toys: Callable[[str], Path], tmp_path: Path) -> None:
+    whole = make_model(ModelConfig(family="ltx-video", path=str(toys("ltx-video")), dtype="float32"), ObjectiveConfig())
+    vae, weights = encoders_of(whole).vae.state_dict(), whole.weights()
+    held = {f"vae.{lightricks(n, '0.9.0')}": t.clone() for n, t in vae.items()}
+    held |= {f"model.diffusion_model.{n}": realise(t).clone() for n, t in to_original(weights.tensors, whole.original_names()).items()}
+    file = tmp_path / "ltx-video.safetensors"
+    save_file(held, file)
+    files = {"transformer": file, "vae": file}
+    apart = make_model(whole.config.model_copy(update={"files": files}), ObjectiveConfig())
+    assert all(torch.equal(apart.weights().read(n), weights.read(n)) for n in weights.names())
+    assert torch.equal(encoded(apart, frames=9)["latents"], encoded(whole, frames=9)["latents"])
 
 
 # -- positions -------------------------------------------------------------------------------------------------------
