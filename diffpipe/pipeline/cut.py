@@ -73,6 +73,7 @@ class Fakes:
     def __init__(self, device: torch.device) -> None:
         # What is copied lies on meta, also while the mode is on.
         self.mode, self.device = FakeTensorMode(allow_non_fake_inputs=True), device
+        self.outputs: dict[Any, Any] = {}  # of absent modules, by what decides their shapes
 
     def tensor(self, like: Tensor) -> Tensor:
         with self.mode:
@@ -120,28 +121,28 @@ class _Stub(_Hole):
     def __init__(self, module: nn.Module, fakes: Fakes) -> None:
         super().__init__(module)
         self.__dict__["fakes"] = fakes
-        self.__dict__["known"] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = tree_flatten((args, kwargs))
         device = next(x.device for x in leaves if isinstance(x, Tensor))
-        signature = (signature_of(leaves), torch.is_autocast_enabled(device.type))
-        if signature not in self.known:
-            self.known[signature] = self._shapes(leaves, tree)
+        if "structure" not in self.__dict__:
+            self.__dict__["structure"] = structure_of(self.absent)
+        signature = (self.structure, tree, signature_of(leaves), torch.is_autocast_enabled(device.type))
+        if signature not in self.fakes.outputs:
+            self.fakes.outputs[signature] = self._shapes(leaves, tree)
 
         def zeros(x: Any) -> Any:
             return torch.zeros((), dtype=x.dtype, device=device).expand(x.shape) if isinstance(x, Tensor) else x
 
-        return tree_map(zeros, self.known[signature])
+        return tree_map(zeros, self.fakes.outputs[signature])
 
     def _shapes(self, leaves: list[Any], tree: TreeSpec) -> Any:
-        if "twin" not in self.__dict__:
-            self.__dict__["twin"] = copy.deepcopy(self.absent)
-            self.fakes.fill(self.twin)
+        twin = copy.deepcopy(self.absent)
+        self.fakes.fill(twin)
         with torch.no_grad(), self.fakes.mode:
             fake = [torch.empty(x.shape, dtype=x.dtype, device=self.fakes.device) if isinstance(x, Tensor) else x for x in leaves]
             args, kwargs = tree_unflatten(fake, tree)
-            out = self.twin(*args, **kwargs)
+            out = twin(*args, **kwargs)
         return tree_map(lambda x: torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x, out)
 
 
@@ -166,6 +167,16 @@ class _Exit(_Hole):
 def signature_of(leaves: Sequence[Any]) -> tuple[Any, ...]:
     """What decides the shapes that follow from ``leaves``: shapes and types of tensors, values of the rest."""
     return tuple((tuple(x.shape), x.dtype, x.requires_grad) if isinstance(x, Tensor) else repr(x) for x in leaves)
+
+
+def structure_of(module: nn.Module) -> str:
+    """What of a module decides the shapes of its outputs: the blocks of a list mostly have it in common."""
+    told: list[str] = []
+    for path, part in module.named_modules():
+        plain = {k: v for k, v in vars(part).items() if isinstance(v, int | float | str | tuple | None)}
+        tensors = [(n, tuple(t.shape), t.dtype) for n, t in [*part._parameters.items(), *part._buffers.items()] if t is not None]
+        told.append(f"{path} {type(part)} {plain} {tensors}")
+    return "\n".join(told)
 
 
 class Part(nn.Module):
