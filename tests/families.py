@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpipe.data.dataset import stack
 from diffpipe.flow import Key
 from diffpipe.models.adapters import base_name, is_adapter
 from diffpipe.models.base import DiffusionModel, Targets
@@ -26,12 +27,23 @@ def encoded(model: DiffusionModel, rows: int = 2, columns: int = 3, frames: int 
     """Cached tensors of ``count`` drawn examples, stacked; rows and columns in the family's smallest steps."""
     generator = torch.Generator().manual_seed(seed)
     step = model.geometry.multiple
-    pixels = torch.rand((count, 3, frames, rows * step, columns * step), generator=generator) * 2 - 1
+    size = (rows * step, columns * step)
+    pixels = torch.rand((count, 3, frames, *size), generator=generator) * 2 - 1
     encoders = encoders_of(model)
     with torch.no_grad():
         media = model.encode_media(encoders, pixels)
         text = model.encode_text(encoders, [CAPTIONS[(seed + i) % len(CAPTIONS)] for i in range(count)])
-    return {**media, **text}
+    framing = [framed(size, generator) for _ in range(count)]
+    made = {**media, **text, "framing": framing}
+    return stack(model.align([{name: tensors[i] for name, tensors in made.items()} for i in range(count)]))
+
+
+def framed(size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """``framing`` of a drawn picture cut to ``size``: its own height and width, the crop's top and left, the size."""
+    own = [int(side * (1 + 2 * torch.rand((), generator=generator))) for side in size]
+    scale = max(side / of for side, of in zip(size, own, strict=True))
+    crop = [round((of * scale - side) / 2) for side, of in zip(size, own, strict=True)]
+    return torch.tensor([*own, *crop, *size], dtype=torch.float32)
 
 
 def microbatch(model: DiffusionModel, **given: int) -> tuple[dict[str, Any], Targets]:

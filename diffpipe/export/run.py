@@ -20,11 +20,8 @@ from diffpipe.export.files import cast, write_json, write_safetensors
 from diffpipe.models.adapter_files import joined_layers, name_adapter
 from diffpipe.models.adapters import adapter_tensors, folded, resolve_targets
 from diffpipe.models.base import DiffusionModel
-from diffpipe.models.names import to_original
-from diffpipe.models.weights import open_files
+from diffpipe.models.weights import STEMS, open_files
 from diffpipe.pipeline.mesh import Mesh
-
-WEIGHTS = "diffusion_pytorch_model"
 
 
 def export_weights(
@@ -78,15 +75,15 @@ def export_tensors(
             for kind in formats
         ]
     base = model.weights().tensors
-    whole = cast({name: tensors[name] if name in tensors else base[name] for name in model.shapes()}, kinds(config, model))
+    whole = {name: tensors[name] if name in tensors else base[name] for name in model.shapes()}
+    components = {name: cast(own, kinds(config, model)) for name, own in model.components(whole).items()}
     paths: list[Path] = []
     for kind in formats:
         about = {**metadata(config, model), "diffpipe.format": kind}
         if kind == "comfyui":
-            named = {model.written + name: t for name, t in to_original(whole, model.original_names()).items()}
-            paths.append(write_safetensors(folder / f"{model.name}-comfyui.safetensors", named, about))
+            paths.append(write_safetensors(folder / f"{model.name}-comfyui.safetensors", model.single_file(components), about))
         else:
-            paths.append(write_folder(folder / model.component, whole, model, about))
+            paths += [write_component(folder, name, own, model, about) for name, own in components.items()]
     return paths
 
 
@@ -112,36 +109,37 @@ def kinds(config: Config, model: DiffusionModel) -> Callable[[str], torch.dtype]
     return lambda name: torch.float32 if insists & set(name.split(".")) else _dtype(config)
 
 
-def write_folder(
-    folder: Path, tensors: Mapping[str, Tensor], model: DiffusionModel, about: Mapping[str, str], limit: int = 10 << 30
+def write_component(
+    home: Path, name: str, tensors: Mapping[str, Tensor], model: DiffusionModel, about: Mapping[str, str], limit: int = 10 << 30
 ) -> Path:
-    """A diffusers component folder: config.json and weights in files of at most about ``limit`` bytes.
+    """The folder of a component of a diffusers pipeline in ``home``: config.json, and weights in files of at most about ``limit`` bytes.
 
     Raises:
         DiffpipeError: when it cannot be written; an earlier one of that name stays.
     """
-    aside, earlier = folder.with_name(f".{folder.name}-unfinished"), folder.with_name(f".{folder.name}-earlier")
+    folder, aside, earlier = home / name, home / f".{name}-unfinished", home / f".{name}-earlier"
     shutil.rmtree(aside, ignore_errors=True)
+    stem = STEMS[model.blueprint[name].library]
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in tensors.items():
+    for weight, tensor in tensors.items():
         bytes_ = tensor.numel() * tensor.dtype.itemsize
         if groups[-1] and size + bytes_ > limit:
             groups.append({})
             size = 0
-        groups[-1][name] = tensor
+        groups[-1][weight] = tensor
         size += bytes_
     weight_map: dict[str, str] = {}
     try:
         for i, group in enumerate(groups):
             place = f"-{i + 1:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-            name = f"{WEIGHTS}{place}.safetensors"
-            write_safetensors(aside / name, group, about)
-            weight_map |= dict.fromkeys(group, name)
+            file = f"{stem}{place}.safetensors"
+            write_safetensors(aside / file, group, about)
+            weight_map |= dict.fromkeys(group, file)
         if len(groups) > 1:
             total = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
-            write_json(aside / f"{WEIGHTS}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(aside / "config.json", {**model.denoiser_config, "_class_name": model.denoiser})
+            write_json(aside / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(aside / "config.json", model.folder_config(name))
         if folder.exists():
             shutil.rmtree(earlier, ignore_errors=True)
             os.replace(folder, earlier)

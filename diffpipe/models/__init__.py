@@ -16,6 +16,7 @@ MODELS: dict[str, str] = {
     "cosmos": "diffpipe.models.cosmos:Cosmos",
     "flux": "diffpipe.models.flux:Flux",
     "ltx-video": "diffpipe.models.ltx_video:LTXVideo",
+    "sdxl": "diffpipe.models.sdxl:SDXL",
     "wan": "diffpipe.models.wan:Wan",
     "wan-i2v": "diffpipe.models.wan_i2v:WanI2V",
 }

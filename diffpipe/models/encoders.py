@@ -16,8 +16,8 @@ from torch import Tensor
 
 from diffpipe.errors import CheckpointError
 from diffpipe.models.blueprint import CONFIGS, Blueprint, Component
-from diffpipe.models.converters import own_tensors, to_library_names
-from diffpipe.models.weights import open_file, realise, unscale
+from diffpipe.models.converters import NOT_NETWORK, own_tensors, to_library_names
+from diffpipe.models.weights import open_file, open_folder, realise, unscale
 
 ROLES = {"media": ("vae", "image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
 
@@ -88,10 +88,15 @@ def load_component(component: Component, dtype: torch.dtype, blueprint: Blueprin
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         said = (str(fault) or type(fault).__name__).splitlines()[0]
         raise CheckpointError(f"{component.name} ({component.kind}) cannot be loaded: {said}", where=component.origin) from fault
-    raise CheckpointError(
+    raise _nowhere(component)
+
+
+def _nowhere(component: Component, expected: str | None = None) -> CheckpointError:
+    return CheckpointError(
         f"nothing says where {component.name} ({component.kind}) lies",
         where="model.files",
-        fix=f"name its file as model.files.{component.name}, or the whole pipeline's folder as model.path",
+        expected=expected,
+        fix=f"name it as model.files.{component.name}, or the whole pipeline's folder as model.path",
     )
 
 
@@ -99,6 +104,20 @@ def file_tensors(component: Component) -> dict[str, Tensor]:
     """The tensors of a component's file under the names of its class, scales applied; none is read yet."""
     assert component.file is not None
     return to_library_names(component, unscale(open_file(component.file), str(component.file)))
+
+
+def component_tensors(component: Component) -> dict[str, Tensor]:
+    """The tensors of a component's file or folder, none read yet; in a folder they may have names that its class had earlier.
+
+    Raises:
+        CheckpointError: when they cannot be found.
+    """
+    if component.file is not None:
+        return file_tensors(component)
+    if component.folder is None:
+        raise _nowhere(component)
+    found = open_folder(component.folder, component.library).tensors
+    return {n: t for n, t in found.items() if not n.endswith(NOT_NETWORK)}
 
 
 def file_shapes(component: Component) -> dict[str, tuple[int, ...]]:
@@ -165,12 +184,7 @@ def _shipped_tokenizer(component: Component, kind: Any, blueprint: Blueprint) ->
         # ComfyUI's files of UMT5 and Gemma carry their sentencepiece model as bytes.
         if "spiece_model" in tensors:
             return _from_sentences(bytes(realise(tensors["spiece_model"]).tolist()), kind, given)
-    raise CheckpointError(
-        f"nothing says where {component.name} ({component.kind}) lies",
-        where="model.files",
-        expected="a folder with tokenizer.json or spiece.model",
-        fix=f"name it as model.files.{component.name}, or the whole pipeline's folder as model.path",
-    )
+    raise _nowhere(component, "a folder with tokenizer.json or spiece.model")
 
 
 def _from_sentences(model: bytes, kind: Any, given: Mapping[str, Any]) -> Any:

@@ -210,17 +210,20 @@ def _open_pickle(file: Path) -> dict[str, Lazy]:
 WRAPPERS = ("state_dict", "module", "model", "model_state_dict")  # what training programs put a state dict into
 
 
-def open_folder(folder: Path) -> WeightSource:
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}  # what each library calls a component's weights
+
+
+def open_folder(folder: Path, library: str = "diffusers") -> WeightSource:
     """The weights of one component of a diffusers folder, sharded or not.
 
     Raises:
         CheckpointError: when the folder holds no safetensors weights.
     """
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    index = folder / f"{STEMS[library]}.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     else:
-        names = ["diffusion_pytorch_model.safetensors"]
+        names = [f"{STEMS[library]}.safetensors"]
     files = [folder / name for name in names]
     missing = [f.name for f in files if not f.is_file()]
     if missing:

@@ -17,7 +17,7 @@ from diffpipe.checkpoint import save
 from diffpipe.config.schema import AdapterConfig, Config, MeshConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.files import cast, write_safetensors
-from diffpipe.export.run import export_tensors, export_weights, write_folder
+from diffpipe.export.run import export_tensors, export_weights, write_component
 from diffpipe.models.weights import open_files, open_folder
 from diffpipe.optim import make_optimizer
 from diffpipe.pipeline.mesh import open_mesh
@@ -37,17 +37,19 @@ def test_a_folder_loads_with_from_pretrained_and_gives_the_trained_output(make_c
     config = make_config(family)
     module = trained(config)
     (path,) = export(config, module.state_dict(), tmp_path, "diffusers")
-    loaded = getattr(diffusers, model_of(config).denoiser).from_pretrained(path).eval()
-    assert all(torch.equal(t, module.state_dict()[n]) for n, t in loaded.state_dict().items())
     model = model_of(config)
+    loaded = getattr(diffusers, model.denoiser).from_pretrained(path).eval()
+    whole = model.components(module.state_dict())[model.component]
+    assert all(torch.equal(t, whole[n]) for n, t in loaded.state_dict().items())
     assert torch.equal(output_of(as_trained(loaded, model), model), output_of(module, model))
 
 
 def test_a_folder_in_several_files_loads_with_from_pretrained(make_config: MakeConfig, family: str, tmp_path: Path) -> None:
     config = make_config(family)
-    model, whole = model_of(config), trained(config).state_dict()
+    model = model_of(config)
+    whole = model.components(trained(config).state_dict())[model.component]
     size = sum(t.nbytes for t in whole.values())
-    path = write_folder(tmp_path / "transformer", whole, model, {}, limit=size // 3)
+    path = write_component(tmp_path, model.component, whole, model, {}, limit=size // 3)
     assert len(list(path.glob("*-of-*.safetensors"))) > 2
     loaded = getattr(diffusers, model.denoiser).from_pretrained(path).state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in whole.items())
@@ -58,7 +60,7 @@ def test_a_later_folder_replaces_an_earlier_one_of_more_files(make_config: MakeC
     config = make_config("wan")
     whole = trained(config).state_dict()
     for limit in (100_000, 1 << 30):
-        path = write_folder(tmp_path / "transformer", whole, model_of(config), {}, limit=limit)
+        path = write_component(tmp_path, "transformer", whole, model_of(config), {}, limit=limit)
     assert sorted(p.name for p in path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     assert [p.name for p in tmp_path.iterdir()] == ["transformer"]
 
@@ -68,9 +70,11 @@ def test_weights_that_were_not_trained_come_from_the_base(make_config: MakeConfi
     whole = trained(config).state_dict()
     some = dict(list(whole.items())[:5])
     (path,) = export(config, some, tmp_path, "diffusers")
-    base, written = model_of(config).weights(), open_folder(path)
-    for name in whole:
-        assert torch.equal(written.read(name), some[name] if name in some else base.read(name))
+    model = model_of(config)
+    base, written = model.weights(), open_folder(path)
+    expected = model.components({name: some[name] if name in some else base.read(name) for name in whole})[model.component]
+    assert written.names() == set(expected)
+    assert all(torch.equal(written.read(name), tensor) for name, tensor in expected.items())
 
 
 def test_weights_that_diffusers_keeps_in_float32_are_not_rounded(make_config: MakeConfig, tmp_path: Path) -> None:

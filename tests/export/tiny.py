@@ -53,6 +53,10 @@ def as_trained(loaded: nn.Module, model: DiffusionModel) -> nn.Module:
     """What ``from_pretrained`` gave, made again as the family makes the class: what its ``prepare`` does is no part of that."""
     made: nn.Module = type(loaded).from_config(model.class_config(dict(loaded.config)))
     made.load_state_dict(loaded.state_dict())
+    whole = model.load_denoiser()
+    if hasattr(whole, model.component):
+        setattr(whole, model.component, made)
+        return whole.eval()
     return made.eval()
 
 

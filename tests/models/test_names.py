@@ -27,6 +27,8 @@ RELEASED: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     "flux": {"dev": ({}, 780), "schnell": ({"guidance_embeds": False}, 776)},
     # 25 tensors in each of 28 or 48 blocks and 15 outside of them, counted in ComfyUI's comfy/ldm/lightricks/model.py.
     "ltx-video": {"2b": ({}, 715), "13b": ({"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}, 1215)},
+    # As many as the released UNet has parameters; the file holds its VAE and text encoders too.
+    "sdxl": {"base": ({}, 1680)},
     "wan": {"14b": ({}, 1095), "1.3b": ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 825)},
     # Text to video's 1095, 5 more in each of 40 blocks and 8 of img_emb, counted in wan/modules/model.py.
     "wan-i2v": {"14b": ({}, 1303)},
