@@ -15,6 +15,7 @@ from diffpipe import checkpoint
 from diffpipe.config.schema import Config
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
+from diffpipe.data.feed import Feed
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.encode import EncodeProgress, cache_folder, prepare_data
@@ -172,7 +173,7 @@ class Trainer:
             replicas=mesh.replicas,
         )
         self.total = total_steps(config, sampler)
-        self.loader = make_loader(
+        loader = make_loader(
             samples,
             sampler,
             model,
@@ -182,12 +183,13 @@ class Trainer:
             normalize_masks=config.data.normalize_masks,
             pinned=mesh.device.type == "cuda",
         )
+        self.feed = Feed(loader, mesh.device)
         self.step = 0
         self.saved_at = time.monotonic()
         if run.resumed is not None:
             state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh)
             self.step = state["step"]
-            if note := self.loader.load_state_dict(state["data"]):
+            if note := self.feed.load_state_dict(state["data"]):
                 sinks.note(note)
 
     def train(self) -> None:
@@ -214,10 +216,11 @@ class Trainer:
         """Wait for a batch, run it, move the weights."""
         self.pipeline.stage.clock.take()
         begin = time.perf_counter()
-        batch = next(self.loader)
+        batch = next(self.feed)
         read = time.perf_counter()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
         share = self.pipeline.train(batch.microbatches)
+        self.feed.fetch_ahead()
         ran = self._now()
         gradients, counted = self.pipeline.gradients()
         self.mesh.mean_over_replicas(gradients)
@@ -300,7 +303,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state = {"data": self.loader.state_dict(), "total": self.total}
+        state = {"data": self.feed.state_dict(), "total": self.total}
         path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
         self.saved_at = time.monotonic()
         self.sinks.note(f"checkpoint {path}")
