@@ -22,6 +22,7 @@ from diffpipe.models.adapters import attach, base_name, is_adapter, resolve_targ
 from diffpipe.models.base import DiffusionModel
 from diffpipe.train import train
 from tests.conftest import ROOT
+from tests.export.tiny import as_trained
 from tests.families import frames_of, microbatch
 from tests.runs_program import ADAPTERS, prepared
 
@@ -121,7 +122,7 @@ def test_an_exported_lora_gives_the_trained_models_output_in_diffusers(two_stage
     model, module = trained_module(config, run)
     inputs, _ = microbatch(model, frames=frames_of(model))
     wanted = output(module, inputs)
-    fresh = getattr(diffusers, model.denoiser).from_pretrained(model.blueprint[model.component].folder).eval()
+    fresh: Any = as_trained(getattr(diffusers, model.denoiser).from_pretrained(model.blueprint[model.component].folder), model)
     before = output(fresh, inputs)
     file = run / "exports/step-00000003" / f"{family}-lora-{form}.safetensors"
     if form == "kohya":
@@ -144,7 +145,7 @@ def test_exported_whole_weights_load_in_diffusers_with_the_trained_output(two_st
     model, module = trained_module(config, run)
     inputs, _ = microbatch(model, frames=frames_of(model))
     folder = run / "exports/step-00000003"
-    loaded = getattr(diffusers, model.denoiser).from_pretrained(folder / model.component).eval()
+    loaded = as_trained(getattr(diffusers, model.denoiser).from_pretrained(folder / model.component), model)
     got, wanted = output(loaded, inputs), output(module, inputs)
     assert (got - wanted).norm() / wanted.norm() < 1e-5
     again = make_model(
