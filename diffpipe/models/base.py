@@ -19,7 +19,7 @@ from diffpipe.flow import Key
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
 from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components
-from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers, to_original
+from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
 
 # Keys that some families have no use for: set there, they are an error rather than ignored.
@@ -121,14 +121,7 @@ class DiffusionModel(ABC):
             CheckpointError: when ``model.path`` is no pipeline of this family.
         """
         found = read_blueprint(self.config, self.pipeline, f"{self.component}:{self.denoiser}")
-        denoiser = found[self.component]
-        if other := self.other_family(denoiser.config):
-            raise CheckpointError(
-                f"holds a {self.denoiser} of the family {other}",
-                where=denoiser.origin,
-                expected=f"that of {self.title}",
-                fix=f"set model.family: {other}",
-            )
+        self._check_family(found[self.component].config, found[self.component].origin)
         return {
             name: replace(component, config=self.component_config(component)) if component.file and name != self.component else component
             for name, component in found.items()
@@ -138,6 +131,15 @@ class DiffusionModel(ABC):
     def other_family(self, config: Mapping[str, Any]) -> str | None:
         """The family that a denoiser's config belongs to, where it is another one of the same diffusers class."""
         return None
+
+    def _check_family(self, config: Mapping[str, Any], origin: str) -> None:
+        if other := self.other_family(config):
+            raise CheckpointError(
+                f"holds a {self.denoiser} of the family {other}",
+                where=origin,
+                expected=f"that of {self.title}",
+                fix=f"set model.family: {other}",
+            )
 
     def component_config(self, component: Component) -> dict[str, Any]:
         """The config of a component beside the denoiser that is read from a file, where the file tells of another variant."""
@@ -198,6 +200,7 @@ class DiffusionModel(ABC):
             told = self.file_config({name: tuple(t.shape) for name, t in self._file_tensors.items()})
         except KeyError as fault:
             raise CheckpointError(f"lacks {fault.args[0]}", where=str(source.file), expected=f"all tensors of {self.title}") from fault
+        self._check_family({**source.config, **told}, source.origin)
         return {**source.config, **told}
 
     def class_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,19 +286,6 @@ class DiffusionModel(ABC):
             DiffpipeError: when a parameter has no original name.
         """
         return self.denoiser_names(self.shapes())
-
-    def components(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """Whole weights of the trained module by component, as the folders of a diffusers pipeline have them."""
-        return {self.component: dict(tensors)}
-
-    def folder_config(self, component: str) -> dict[str, Any]:
-        """What ``config.json`` in a component's folder says."""
-        return {**self.denoiser_config, "_class_name": self.denoiser}
-
-    def single_file(self, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """Whole weights by component as the original checkpoint has them, with whatever else that holds."""
-        own = components[self.component]
-        return {self.written + name: tensor for name, tensor in to_original(own, self.denoiser_names(own)).items()}
 
     def denoiser_names(self, parameters: Collection[str]) -> NameMap:
         """The original tensors of the denoiser as pieces of its parameters, which are given by diffusers name.

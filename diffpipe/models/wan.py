@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpipe.errors import CheckpointError
 from diffpipe.flow import Key, mix, noise, timesteps
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
@@ -49,6 +50,15 @@ class Wan(DiffusionModel):
     def other_family(self, config: Mapping[str, Any]) -> str | None:
         return "wan-i2v" if config.get("image_dim") else None
 
+    def class_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        if config["in_channels"] != config["out_channels"] and not config.get("image_dim"):
+            raise CheckpointError(
+                f"takes {config['in_channels']} channels and no image tokens, as Wan2.2's image to video model does",
+                where=self.blueprint[self.component].origin,
+                expected=self.title,
+            )
+        return dict(config)
+
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C f h w, the mode of the posterior, each channel to mean 0 and deviation 1."""
         frames = pixels.shape[2]
@@ -76,6 +86,8 @@ class Wan(DiffusionModel):
             "num_attention_heads": width // head,
             "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
             "text_dim": shapes["text_embedding.0.weight"][1],
+            "image_dim": shapes["img_emb.proj.1.weight"][1] if "img_emb.proj.1.weight" in shapes else None,
+            "added_kv_proj_dim": width if "img_emb.proj.1.weight" in shapes else None,
         }
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:

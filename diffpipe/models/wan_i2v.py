@@ -36,7 +36,7 @@ class WanI2V(Wan):
     originals = Originals(Wan.denoiser, image_shapes)
 
     def other_family(self, config: Mapping[str, Any]) -> str | None:
-        return None if config.get("image_dim") else "wan"
+        return "wan" if config["in_channels"] == config["out_channels"] else None
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` and ``condition`` C f h w, the latter of the first frame and grey ones; ``image`` L D, CLIP's tokens of it."""
@@ -49,10 +49,6 @@ class WanI2V(Wan):
             "condition": super().encode_media(encoders, still)["latents"],
             "image": tokens.to(getattr(torch, self.config.dtype)).cpu(),
         }
-
-    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        width, clip = shapes["img_emb.proj.3.weight"]
-        return {**super().file_config(shapes), "image_dim": clip, "added_kv_proj_dim": width}
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         inputs, targets = super().prepare(batch, keys)

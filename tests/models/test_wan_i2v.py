@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,15 @@ def test_a_checkpoint_of_the_other_kind_of_wan_names_its_family(toys: Toys, tmp_
         save_file({n: realise(t).contiguous() for n, t in held.items()}, file)
     with pytest.raises(CheckpointError, match=rf"set model\.family: {other}$"):
         model_of(family, path, file).weights()
+
+
+@pytest.mark.parametrize("family", ["wan", "wan-i2v"])
+def test_a_model_that_takes_more_channels_without_image_tokens_is_refused(toys: Toys, tmp_path: Path, family: str) -> None:
+    path = Path(shutil.copytree(toys(family), tmp_path / "wan2.2"))
+    config = path / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 36, "image_dim": None}))
+    with pytest.raises(CheckpointError, match=r"takes 36 channels and no image tokens"):
+        model_of(family, path).weights()
 
 
 def test_names_that_old_conversions_hold_for_nothing_are_passed_over(toys: Toys, tmp_path: Path) -> None:
