@@ -19,7 +19,7 @@ from diffpipe.flow import Key
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
 from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components
-from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers
+from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers, to_original
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
 
 # Keys that some families have no use for: set there, they are an error rather than ignored.
@@ -286,6 +286,19 @@ class DiffusionModel(ABC):
             DiffpipeError: when a parameter has no original name.
         """
         return self.denoiser_names(self.shapes())
+
+    def components(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Whole weights of the trained module by component, as the folders of a diffusers pipeline have them."""
+        return {self.component: dict(tensors)}
+
+    def folder_config(self, component: str) -> dict[str, Any]:
+        """What ``config.json`` in a component's folder says."""
+        return {**self.denoiser_config, "_class_name": self.denoiser}
+
+    def single_file(self, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Whole weights by component as the original checkpoint has them, with whatever else that holds."""
+        own = components[self.component]
+        return {self.written + name: tensor for name, tensor in to_original(own, self.denoiser_names(own)).items()}
 
     def denoiser_names(self, parameters: Collection[str]) -> NameMap:
         """The original tensors of the denoiser as pieces of its parameters, which are given by diffusers name.
