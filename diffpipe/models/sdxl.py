@@ -118,6 +118,7 @@ class SDXL(DiffusionModel):
     originals = unet_originals(
         ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), 2
     )
+    process = "DDPM"
     timesteps = "uniform"
     options = frozenset(
         {
