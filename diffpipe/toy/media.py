@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -77,14 +78,15 @@ def _frame(shape: str, colour: str, background: str, size: tuple[int, int], way:
     return draw(shape, colour, background, size, centre, 0.22 * min(size))
 
 
-def write_clip(file: Path, frames: list[Image.Image], fps: int = FPS) -> None:
+def write_clip(file: Path, frames: Iterable[Image.Image], fps: int = FPS) -> None:
     """The frames as an MP4 file."""
     import av
 
     with av.open(str(file), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps, options={"qscale": "3"})
-        stream.width, stream.height = frames[0].size
         stream.pix_fmt = "yuv420p"
-        for frame in frames:
+        for number, frame in enumerate(frames):
+            if not number:
+                stream.width, stream.height = frame.size
             container.mux(stream.encode(av.VideoFrame.from_image(frame)))
         container.mux(stream.encode())
