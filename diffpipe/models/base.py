@@ -279,6 +279,10 @@ class DiffusionModel(ABC):
         """What kohya's tools call an original layer."""
         return f"lora_unet_{layer.replace('.', '_')}"
 
+    def original_name(self, name: str) -> str:
+        """The original name of a tensor that some program writes under another one."""
+        return name
+
     def original_names(self) -> NameMap:
         """What the original format has of the trained module: its names, as pieces of the module's parameters.
 
@@ -319,7 +323,7 @@ class DiffusionModel(ABC):
         """
         file = self.blueprint[self.component].file
         assert file is not None
-        tensors = unscale(within(open_file(file), self.prefixes), str(file))
+        tensors = {self.original_name(n): t for n, t in unscale(within(open_file(file), self.prefixes), str(file)).items()}
         missing = self._missing_originals(tensors)
         if missing and not self._diffusers_names(tensors):
             raise CheckpointError(

@@ -18,11 +18,11 @@ Tensors = dict[str, Tensor]
 # What stands before a component's names in a file that holds several components.
 PREFIXES: dict[str, tuple[str, ...]] = {
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("conditioner.embedders.0.transformer.", "cond_stage_model.", "text_encoders."),
+    "text_encoder": ("conditioner.embedders.0.transformer.", "cond_stage_model.", "text_encoders.gemma2_2b.transformer.", "text_encoders."),
     "text_encoder_2": ("conditioner.embedders.1.model.",),
     "image_encoder": ("visual.",),
 }
-NOT_NETWORK = ("spiece_model", "logit_scale", "position_ids")  # what files hold beside a network's weights
+NOT_NETWORK = ("spiece_model", "tokenizer", "logit_scale", "position_ids")  # what files hold beside a network's weights
 
 
 def own_tensors(component: Component, tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
@@ -92,6 +92,33 @@ def _cosmos_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return named
 
 
+def _hunyuan_video_vae(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """HunyuanVideo's VAE under the names of ComfyUI's code; Tencent's own are those of the class."""
+    last = len(config["block_out_channels"]) - 1
+    table = {
+        r"nin_shortcut\.": "conv_shortcut.",
+        r"norm_out\.": "conv_norm_out.",
+        r"mid\.block_([12])\.": lambda m: f"mid_block.resnets.{int(m[1]) - 1}.",
+        r"mid\.attn_1\.norm\.": "mid_block.attentions.0.group_norm.",
+        r"mid\.attn_1\.proj_out\.": "mid_block.attentions.0.to_out.0.",
+        r"mid\.attn_1\.([qkv])\.": r"mid_block.attentions.0.to_\1.",
+        r"down\.(\d)\.": r"down_blocks.\1.",
+        # Counted from the outside in, the decoder's run from the inside out.
+        r"up\.(\d)\.": lambda m: f"up_blocks.{last - int(m[1])}.",
+        r"\.block\.": ".resnets.",
+        r"(down|up)sample\.": r"\1samplers.0.",
+    }
+    named = {reduce(lambda n, rule: re.sub(rule[0], rule[1], n), table.items(), name): t for name, t in tensors.items()}
+    # A linear layer is stored as a convolution of one cell.
+    return {n: t.flatten(1) if ".attentions." in n and t.ndim > 2 else t for n, t in named.items()}
+
+
+def _language_model(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """The layers of a language model, without its head and without the eyes of the larger model that it may be a part of."""
+    plain = {re.sub(r"^((language_)?model\.)+", "", name): t for name, t in tensors.items()}
+    return {n: t for n, t in plain.items() if not n.startswith(("lm_head.", "vision_tower.", "multi_modal_projector."))}
+
+
 def _wan_umt5(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     """Alibaba's own UMT5, as in the official .pth and Kijai's files."""
     table = {
@@ -156,8 +183,11 @@ def _clip_vision(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]] = {
     "AutoencoderKL": {"encoder.down.0.block": _ldm_vae},
     "AutoencoderKLCosmos": {"encoder.mid.block_1.": _cosmos_vae},
+    "AutoencoderKLHunyuanVideo": {"encoder.down.0.block": _hunyuan_video_vae},
     "AutoencoderKLLTXVideo": {"per_channel_statistics.": _ltx_vae},
     "AutoencoderKLWan": {"encoder.downsamples.": _wan_vae},
     "CLIPVisionModel": {"cls_embedding": _wan_clip, "visual_projection.": _clip_vision},
+    "Gemma2Model": {"model.layers.": _language_model},
+    "LlamaModel": {"model.layers.": _language_model},
     "UMT5EncoderModel": {"token_embedding.weight": _wan_umt5},
 }

@@ -79,6 +79,8 @@ def load_component(component: Component, dtype: torch.dtype, blueprint: Blueprin
     try:
         if component.file is not None and network:
             return _from_file(component, kind, dtype)
+        if component.folder is not None and "tokenizer" in component.name:
+            return _tokenizer_of(component.folder, kind)
         if component.folder is not None:
             return kind.from_pretrained(component.folder, **({"dtype": dtype} if network else {}), local_files_only=True)
         if "tokenizer" in component.name:
@@ -168,6 +170,18 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 # -- tokenizers ------------------------------------------------------------------------------------------------------
 
 
+def _tokenizer_of(folder: Path, kind: Any) -> Any:
+    """The tokenizer in a folder.
+
+    A class may make parts of it anew instead of reading them: transformers 5's LlamaTokenizer gives Llama 3's vocabulary
+    the splitting of Llama 2, and other tokens without a word. Its AutoTokenizer knows, where the folder says enough.
+    """
+    from transformers import AutoTokenizer
+
+    chosen = AutoTokenizer if (folder / "tokenizer_config.json").is_file() else kind
+    return chosen.from_pretrained(folder, local_files_only=True)
+
+
 def _shipped_tokenizer(component: Component, kind: Any, blueprint: Blueprint) -> Any:
     """A tokenizer that comes with diffpipe, or inside the file of its text encoder."""
     given = dict(component.config)
@@ -182,8 +196,9 @@ def _shipped_tokenizer(component: Component, kind: Any, blueprint: Blueprint) ->
     if encoder is not None and encoder.file is not None:
         tensors = open_file(encoder.file)
         # ComfyUI's files of UMT5 and Gemma carry their sentencepiece model as bytes.
-        if "spiece_model" in tensors:
-            return _from_sentences(bytes(realise(tensors["spiece_model"]).tolist()), kind, given)
+        sentences = next((t for n, t in tensors.items() if n.endswith("spiece_model")), None)
+        if sentences is not None:
+            return _from_sentences(bytes(realise(sentences).tolist()), kind, given)
     raise _nowhere(component, "a folder with tokenizer.json or spiece.model")
 
 

@@ -25,8 +25,14 @@ RELEASED: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     # lodestone-rock/flow's src/models/chroma/model.py.
     "chroma": {"1": ({}, 643)},
     "flux": {"dev": ({}, 780), "schnell": ({"guidance_embeds": False}, 776)},
+    # 24 tensors in each of 20 double blocks and 8 in each of 40 single ones (others counted these 480 and 320 in Comfy-Org's file), 14 in
+    # each of 2 refiners and 28 beside them.
+    "hunyuan-video": {"t2v": ({}, 856)},
     # 25 tensors in each of 28 or 48 blocks and 15 outside of them, counted in ComfyUI's comfy/ldm/lightricks/model.py.
     "ltx-video": {"2b": ({}, 715), "13b": ({"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}, 1215)},
+    # 13 tensors in each of 26 layers and 2 noise refiners, 11 in each of 2 context refiners and 13 beside them, counted in Alpha-VLLM's
+    # models/model.py, whose norm_final is not used.
+    "lumina2": {"2": ({}, 399)},
     # As many as the released UNet has parameters; the file holds its VAE and text encoders too.
     "sdxl": {"base": ({}, 1680)},
     "wan": {"14b": ({}, 1095), "1.3b": ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 825)},
