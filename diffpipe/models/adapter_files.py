@@ -185,7 +185,8 @@ def _layer_names(model: DiffusionModel) -> tuple[dict[str, str], dict[str, str]]
     layers = [n.removesuffix(".weight") for n, shape in model.shapes().items() if n.endswith(".weight") and len(shape) > 1]
     own: dict[str, str] = {}
     for layer in layers:
-        own |= {layer: layer, model.qualified(layer): layer, layer.replace(".", "_"): layer}
+        bare = layer.removeprefix(f"{model.component}.")
+        own |= dict.fromkeys((layer, model.qualified(layer), layer.replace(".", "_"), bare, bare.replace(".", "_")), layer)
     original: dict[str, str] = {}
     for name in model.original_names() if model.originals is not None else ():
         layer = name.removesuffix(".weight")

@@ -1,0 +1,196 @@
+"""Stable Diffusion XL's captions, sizes, objective and trained text encoders are those of its pipeline and its papers."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
+from diffpipe.data.dataset import stack
+from diffpipe.errors import ConfigError
+from diffpipe.flow import Key, noise, timesteps
+from diffpipe.models import make_model
+from diffpipe.models.adapter_files import name_adapter, read_adapter
+from diffpipe.models.adapters import adapter_tensors, attach, resolve_targets
+from diffpipe.models.base import DiffusionModel
+from diffpipe.models.blueprint import shipped
+from diffpipe.models.encoders import load_component
+from diffpipe.models.sdxl import chunked
+from diffpipe.pipeline.stage import sum_errors
+from tests.families import drawn, encoded, encoders_of, with_weights
+
+Toys = Callable[[str], Path]
+SHORT = ["a red circle!", "", "a green triangle moving left on a white background"]
+LONG = "abcde " * 37  # the toy's tokenizers know letters only: 75 tokens are 15 words, and this is three chunks
+
+
+def model_of(toys: Toys, objective: dict[str, Any] | None = None, **given: Any) -> DiffusionModel:
+    config = ModelConfig(family="sdxl", path=str(toys("sdxl")), dtype="float32", **given)
+    return make_model(config, ObjectiveConfig(**(objective or {})))
+
+
+def rows(model: DiffusionModel, captions: list[str]) -> list[dict[str, Tensor]]:
+    with torch.no_grad():
+        made = model.encode_text(encoders_of(model), captions)
+    return [{name: tensors[i] for name, tensors in made.items()} for i in range(len(captions))]
+
+
+def pipeline_embeddings(toys: Toys, captions: list[str]) -> tuple[Tensor, Tensor]:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(toys("sdxl"))
+    with torch.no_grad():
+        text, _, pooled, _ = pipeline.encode_prompt(captions, do_classifier_free_guidance=False)
+    return text, pooled
+
+
+def test_captions_of_one_chunk_are_what_the_pipeline_makes_of_them(toys: Toys) -> None:
+    model = model_of(toys)
+    text, pooled = pipeline_embeddings(toys, SHORT)
+    batch = stack(model.align(rows(model, SHORT)))
+    assert batch["text"].shape == (3, 1, 77, 56)
+    assert torch.equal(batch["text"].flatten(1, 2), text)
+    assert torch.equal(batch["pooled"], pooled)
+
+
+def test_a_long_caption_is_chunks_of_75_tokens_and_the_pooled_state_of_the_first(toys: Toys) -> None:
+    (row,) = rows(model_of(toys), [LONG])
+    text, pooled = pipeline_embeddings(toys, ["abcde " * 15, "abcde " * 15, "abcde " * 7, ""])
+    torch.testing.assert_close(row["text"], text, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(row["pooled"], pooled[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_shorter_captions_of_a_step_go_on_with_the_empty_caption(toys: Toys, trained: bool) -> None:
+    model = model_of(toys, train_text_encoders=trained)
+    name = "tokens" if trained else "text"
+    short, empty, long, twice = (row[name] for row in rows(model, ["a square", "", LONG, "abcde " * 16]))
+    assert [len(t) for t in (short, empty, long, twice)] == [1, 1, 4, 3]
+    batch = stack(model.align(rows(model, ["a square", LONG, "abcde " * 16])))[name]
+    torch.testing.assert_close(batch, torch.stack([torch.cat([short, empty, empty]), long[:3], torch.cat([twice[:2], empty])]))
+    assert stack(model.align(rows(model, ["a square", ""])))[name].shape[:2] == (2, 1)
+
+
+def test_each_released_tokenizer_keeps_its_own_tokens_and_padding() -> None:
+    components = shipped("sdxl")
+    tokenizers = [load_component(components[name], torch.float32, components) for name in ("tokenizer", "tokenizer_2")]
+    first, second = chunked("a cat", tokenizers)[0].tolist()
+    assert first == [49406, 320, 2368, *[49407] * 74]
+    assert second == [49406, 320, 2368, 49407, *[0] * 73]
+    # "!!!" is one token, or three of what the second tokenizer also pads with; its caption is longer by a chunk.
+    chunks = chunked("cat!!! " * 30, tokenizers)
+    assert chunks.shape == (3, 2, 77)
+    assert chunks[0, 0].tolist() == [49406, *[2368, 995] * 30, *[49407] * 16]
+    assert chunks[1, 0].tolist() == [49406, *[49407] * 76]
+    assert chunks[:2, 1].flatten().tolist().count(2368) == 30
+    assert chunks[2, 1].tolist() == [49406, 49407, *[0] * 75]
+
+
+def test_sizes_and_crop_have_the_order_of_the_pipeline(toys: Toys) -> None:
+    model = model_of(toys)
+    inputs, _ = model.prepare(encoded(model), [Key(0, 0, i, 0) for i in range(2)])
+    framing = encoded(model)["framing"]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(toys("sdxl"))
+    for ids, given in zip(inputs["time_ids"], framing.tolist(), strict=True):
+        height, width, top, left, target_height, target_width = given
+        assert height != width != top != left
+        expected = pipeline._get_add_time_ids((height, width), (top, left), (target_height, target_width), torch.float32, 32)
+        assert torch.equal(ids, expected[0])
+
+
+@pytest.mark.parametrize("zero", [None, True, False])
+@pytest.mark.parametrize("prediction", [None, "epsilon", "v"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_targets_and_weights_are_those_of_diffusers_scheduler(
+    toys: Toys, prediction: str | None, zero: bool | None, gamma: float | None
+) -> None:
+    model = model_of(toys, {"prediction": prediction, "zero_terminal_snr": zero, "min_snr": gamma})
+    batch, keys = encoded(model), [Key(0, 0, i, 0) for i in range(2)]
+    inputs, [(target, weight)] = model.prepare(batch, keys)
+    clean, e = batch["latents"], noise(keys, batch["latents"].shape[1:])
+    v = prediction == "v"
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=v if zero is None else zero
+    )
+    step = inputs["timestep"]
+    assert step.tolist() == [int(1000 * t) for t in timesteps(keys, ObjectiveConfig(timesteps="uniform"), 1)]
+    torch.testing.assert_close(inputs["sample"], scheduler.add_noise(clean, e, step))
+    torch.testing.assert_close(target, scheduler.get_velocity(clean, e, step) if v else e)
+    if gamma is None:
+        assert weight is None
+        return
+    snr = scheduler.alphas_cumprod[step] / (1 - scheduler.alphas_cumprod[step])
+    torch.testing.assert_close(weight.flatten(), snr.clamp(max=gamma) / (snr + 1 if v else snr))
+
+
+def test_a_weight_without_bound_is_refused(toys: Toys) -> None:
+    with pytest.raises(ConfigError, match=r"objective\.debiased"):
+        model_of(toys, {"debiased": True, "zero_terminal_snr": True})
+    model_of(toys, {"debiased": True, "prediction": "v"})
+    model_of(toys, {"debiased": True})
+
+
+# -- trained text encoders -----------------------------------------------------------------------------------------------
+
+
+def test_trained_encoders_give_the_unet_what_frozen_ones_have_cached(toys: Toys) -> None:
+    captions = ["a square", LONG]
+    outputs = []
+    for trained in (False, True):
+        model = model_of(toys, train_text_encoders=trained)
+        batch = stack(model.align(rows(model, captions))) | {k: encoded(model)[k] for k in ("latents", "framing")}
+        inputs, _ = model.prepare(batch, [Key(0, 0, i, 0) for i in range(2)])
+        with torch.no_grad():
+            outputs.append(with_weights(model.load_denoiser(), model)(**inputs, return_dict=False)[0])
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+
+
+def test_every_trained_parameter_has_a_gradient(toys: Toys) -> None:
+    model = model_of(toys, train_text_encoders=True)
+    module = with_weights(model.load_denoiser().requires_grad_(True), model)
+    inputs, targets = model.prepare(encoded(model), [Key(0, 0, i, 0) for i in range(2)])
+    sum_errors(module(**inputs, return_dict=False), targets).backward()
+    assert {n for n, p in module.named_parameters() if p.grad is None} == set()
+    names = {n.split(".")[0] for n, _ in module.named_parameters()}
+    assert names == {"unet", "text_encoder", "text_encoder_2"}
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya", "plain", "kohya of diffusers' UNet"])
+def test_adapters_of_text_encoders_read_back_whatever_they_are_called(toys: Toys, tmp_path: Path, form: str) -> None:
+    model = model_of(toys, train_text_encoders=True)
+    module = model.load_denoiser()
+    config = AdapterConfig(rank=2)
+    attach(module, resolve_targets(model, module, config), config, torch.float32)
+    tensors = {n: drawn(n, t.shape) for n, t in adapter_tensors(module).items()}
+    assert {n.split(".")[0] for n in tensors} == {"unet", "text_encoder", "text_encoder_2"}
+    named = name_adapter(tensors, model, "kohya" if form.startswith("kohya") else form) if form != "plain" else tensors
+    if form.startswith("kohya of"):
+        named = {n: t for n, t in named.items() if not n.startswith("lora_unet_")}
+        for name, tensor in tensors.items():
+            layer, _, side = name.removesuffix(".weight").rpartition(".lora_")
+            if layer.startswith("unet."):
+                word = {"A": "down", "B": "up"}[side]
+                named[f"lora_{layer.replace('.', '_')}.lora_{word}.weight"] = tensor
+    save_file(named, tmp_path / "adapter.safetensors")
+    back = read_adapter(tmp_path / "adapter.safetensors", model)
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[n], t) for n, t in tensors.items())
+
+
+def test_a_cache_of_tokens_is_another_than_one_of_embeddings_and_keeps_the_pictures(toys: Toys) -> None:
+    frozen, trained = model_of(toys), model_of(toys, train_text_encoders=True)
+    assert frozen.identity("text") != trained.identity("text")
+    assert frozen.identity("media") == trained.identity("media")
+
+
+def test_a_model_crosses_to_a_loaders_worker(toys: Toys) -> None:
+    model = model_of(toys, train_text_encoders=True)
+    spec = model.spec  # kept in the model from now on
+    again = pickle.loads(pickle.dumps(model)).spec
+    assert [again.live(i) for i in range(1, 32)] == [spec.live(i) for i in range(1, 32)]
