@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from diffpipe.config.schema import Config, MeshConfig
-from diffpipe.models import MODELS, make_model
+from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.pipeline.build import build, outline
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.stage import sum_errors
@@ -24,12 +24,12 @@ from tests.families import drawn, frames_of, microbatch, with_weights
 MICROBATCHES = 3
 
 
-def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint: Path) -> None:
+def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint: Path, encoders: bool = False) -> None:
     config = Config.model_validate(
         {
             "run": {"steps": 1},
             "mesh": {"stages": mesh.stages, "replicate": mesh.replicas},
-            "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
+            "model": {"family": family, "path": str(checkpoint), "dtype": "float32", "train_text_encoders": encoders},
             "adapter": adapter,
             "data": {"folders": [{"path": "unused"}]},
         }
@@ -63,7 +63,7 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
         part.zero_grad()
         whole.zero_grad()
     if mesh.reporter:
-        print(f"same: {family} {'lora' if adapter else 'full'}", flush=True)
+        print(f"same: {family} {'lora' if adapter else 'full'}{' with text encoders' if encoders else ''}", flush=True)
 
 
 def main() -> None:
@@ -74,6 +74,8 @@ def main() -> None:
         for family, checkpoint in checkpoints.items():
             for adapter in (None, {"rank": 4}):
                 compare(family, adapter, opened, checkpoint)
+            if "model.train_text_encoders" in model_class(family).options:
+                compare(family, None, opened, checkpoint, encoders=True)
 
 
 if __name__ == "__main__":
