@@ -35,7 +35,7 @@ def _row(family: type[DiffusionModel]) -> Row:
         "trained as": ", ".join([*adapters, "all weights"]),
         "read": "diffusers folders; single files under " + ("original (ComfyUI's) or diffusers' names" if single else "diffusers' names"),
         "types read": "float32, bfloat16, float16, fp8 (plain or scaled)",
-        "written": ", ".join(formats),
+        "written": ", ".join(f"{name} (adapters)" if name == "kohya" else name for name in formats),
     }
 
 
