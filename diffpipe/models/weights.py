@@ -204,7 +204,11 @@ def _open_pickle(file: Path) -> dict[str, Lazy]:
         loaded = inner
     if not isinstance(loaded, dict) or not any(isinstance(t, Tensor) for t in loaded.values()):
         raise CheckpointError("holds no named tensors", where=str(file), expected="a state dict")
-    return {n: lazily(t.shape, t.dtype, lambda t=t: t) for n, t in loaded.items() if isinstance(t, Tensor)}
+    tensors = {n: t for n, t in loaded.items() if isinstance(t, Tensor)}
+    if any(t.dtype in FP8 for t in tensors.values()) and not any(n.endswith(SCALES) for n in tensors):
+        # As Tencent's fp8 files are: the scales are a pickle of their own.
+        raise CheckpointError("holds fp8 weights without their scales", where=str(file), expected="weights that one file tells", fix=FIX)
+    return {n: lazily(t.shape, t.dtype, lambda t=t: t) for n, t in tensors.items()}
 
 
 WRAPPERS = ("state_dict", "module", "model", "model_state_dict")  # what training programs put a state dict into
