@@ -179,6 +179,36 @@ def _clip_vision(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     return {n: t for n, t in tensors.items() if not n.startswith("visual_projection.")}
 
 
+def _open_clip(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """OpenCLIP's text half, as in SDXL's files: q, k and v in one, the projection turned over."""
+    inside = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1"}
+    inside["mlp.c_proj"] = "mlp.fc2"
+    outside = {
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+    }
+    named: Tensors = {}
+    for name, tensor in tensors.items():
+        found = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name)
+        layer = f"text_model.encoder.layers.{found[1]}" if found else ""
+        if found and found[2] == "attn.in_proj":
+            named |= {f"{layer}.self_attn.{n}_proj.{found[3]}": part for n, part in zip("qkv", tensor.chunk(3), strict=True)}
+        elif found:
+            named[f"{layer}.{inside[found[2]]}.{found[3]}"] = tensor
+        elif name == "text_projection":
+            named["text_projection.weight"] = tensor.T
+        else:
+            named[outside.get(name, name)] = tensor
+    return named
+
+
+def _without_projection(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
+    """CLIP's text half of a file that has the projection to pictures too."""
+    return {n: t for n, t in tensors.items() if "text_projection" not in n}
+
+
 # By class: a component of a name that only one kind of file has, and what turns such a file into the class' names.
 CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]] = {
     "AutoencoderKL": {"encoder.down.0.block": _ldm_vae},
@@ -186,6 +216,8 @@ CONVERTERS: dict[str, dict[str, Callable[[Tensors, Mapping[str, Any]], Tensors]]
     "AutoencoderKLHunyuanVideo": {"encoder.down.0.block": _hunyuan_video_vae},
     "AutoencoderKLLTXVideo": {"per_channel_statistics.": _ltx_vae},
     "AutoencoderKLWan": {"encoder.downsamples.": _wan_vae},
+    "CLIPTextModel": {"text_projection": _without_projection},
+    "CLIPTextModelWithProjection": {"transformer.resblocks.": _open_clip},
     "CLIPVisionModel": {"cls_embedding": _wan_clip, "visual_projection.": _clip_vision},
     "Gemma2Model": {"model.layers.": _language_model},
     "LlamaModel": {"model.layers.": _language_model},

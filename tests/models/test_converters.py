@@ -14,7 +14,17 @@ from diffusers import AutoencoderKLHunyuanVideo
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel, Gemma2Config, Gemma2Model, LlamaConfig, LlamaModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Gemma2Config,
+    Gemma2Model,
+    LlamaConfig,
+    LlamaModel,
+)
 
 from diffpipe.errors import CheckpointError
 from diffpipe.models.blueprint import Component, shipped
@@ -255,3 +265,71 @@ def test_llama_3s_tokenizer_is_read_as_it_is_and_not_as_its_class_would_make_it(
             (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
         loaded = load_component(Component("tokenizer", "transformers", kind, {}, folder=tmp_path), torch.float32, {})
         assert loaded(text).input_ids == whole.encode(text).ids
+
+
+# -- the text encoders of SDXL -----------------------------------------------------------------------------------------
+
+
+def reader(kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection]) -> Any:
+    torch.manual_seed(0)
+    return kind(
+        CLIPTextConfig(
+            vocab_size=50,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            projection_dim=16,
+            max_position_embeddings=10,
+            bos_token_id=48,
+            eos_token_id=49,
+        )
+    ).eval()
+
+
+@torch.no_grad()
+def is_read_back(name: str, one: Any, tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file)
+    component = Component(name, "transformers", type(one).__name__, one.config.to_dict(), file=file)
+    other = load_component(component, torch.float32, {name: component})
+    ids = torch.tensor([[48, 3, 7, 2, 49, 0, 0]])
+    for a, b in zip(one(ids, output_hidden_states=True).to_tuple(), other(ids, output_hidden_states=True).to_tuple(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("prefix", ["", "conditioner.embedders.0.transformer."], ids=["clip-l", "whole checkpoint"])
+def test_sdxls_first_text_encoder_is_read_from_comfyuis_file_and_the_whole_checkpoint(tmp_path: Path, prefix: str) -> None:
+    module = reader(CLIPTextModel)
+    named = {f"{prefix}text_model.{n}": t for n, t in module.state_dict().items()}
+    named[f"{prefix}text_model.embeddings.position_ids"] = torch.arange(10)[None]
+    named |= {f"{prefix}text_projection.weight": torch.randn(16, 24), f"{prefix}logit_scale": torch.tensor(4.6)}
+    named |= {"model.diffusion_model.out.2.bias": torch.zeros(4)} if prefix else {}
+    is_read_back("text_encoder", module, named, tmp_path / "clip_l.safetensors")
+
+
+@pytest.mark.parametrize("projection", ["text_projection", "text_projection.weight"])
+def test_sdxls_second_text_encoder_is_read_under_openclips_names(tmp_path: Path, projection: str) -> None:
+    module = reader(CLIPTextModelWithProjection)
+    weights = module.state_dict()
+    named = {
+        "positional_embedding": weights["text_model.embeddings.position_embedding.weight"],
+        "token_embedding.weight": weights["text_model.embeddings.token_embedding.weight"],
+        projection: weights["text_projection.weight"] if projection.endswith("weight") else weights["text_projection.weight"].T,
+        "logit_scale": torch.tensor(4.6),
+    }
+    for leaf in ("weight", "bias"):
+        named[f"ln_final.{leaf}"] = weights[f"text_model.final_layer_norm.{leaf}"]
+        for i in range(3):
+            layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+            named[f"{block}.attn.in_proj_{leaf}"] = torch.cat([weights[f"{layer}.self_attn.{n}_proj.{leaf}"] for n in "qkv"])
+            named[f"{block}.attn.out_proj.{leaf}"] = weights[f"{layer}.self_attn.out_proj.{leaf}"]
+            named |= {f"{block}.ln_{n}.{leaf}": weights[f"{layer}.layer_norm{n}.{leaf}"] for n in (1, 2)}
+            named[f"{block}.mlp.c_fc.{leaf}"] = weights[f"{layer}.mlp.fc1.{leaf}"]
+            named[f"{block}.mlp.c_proj.{leaf}"] = weights[f"{layer}.mlp.fc2.{leaf}"]
+    prefixed = {f"conditioner.embedders.1.model.{n}": t for n, t in named.items()}
+    is_read_back("text_encoder_2", module, prefixed, tmp_path / "sdxl.safetensors")
+
+
+def test_comfyuis_clip_g_has_the_librarys_names(tmp_path: Path) -> None:
+    module = reader(CLIPTextModelWithProjection)
+    is_read_back("text_encoder_2", module, dict(module.state_dict()), tmp_path / "clip_g.safetensors")
