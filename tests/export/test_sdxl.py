@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffpipe.config.schema import Config
+from diffpipe.export.files import write_safetensors
 from diffpipe.export.run import export_tensors
 from diffpipe.models.adapters import adapter_tensors
+from diffpipe.models.weights import open_files
 from tests.export.tiny import MakeConfig, model_of, output_of, trained
-from tests.families import CAPTIONS, microbatch
+from tests.families import CAPTIONS, encoded, microbatch
 
 ADAPTER = {"rank": 4, "alpha": 6.0}
 TRAINED = pytest.mark.parametrize("encoders", [False, True], ids=["frozen", "trained"])
@@ -75,3 +79,58 @@ def test_adapters_of_text_encoders_have_the_names_that_comfyui_and_kohya_read(ma
     assert {n.removesuffix(".lora_down") for n in kohya if n.startswith("lora_te")} == {
         f"lora_te{c}_text_model_encoder_layers_{i}_{n}".replace(".", "_") for _, _, c, i, n in own
     }
+
+
+def exported(config: Config, folder: Path, kind: str) -> tuple[Any, list[Path]]:
+    """The trained module, and what is written of it in two parts as by two stages."""
+    module = trained(config)
+    names = sorted(module.state_dict())
+    files = [write_safetensors(folder / f"stage-{i}.safetensors", {n: module.state_dict()[n] for n in names[i::2]}, {}) for i in range(2)]
+    return module, export_tensors(config, model_of(config), open_files(files), folder / "out", [kind])
+
+
+@TRAINED
+def test_folders_make_a_pipeline_that_gives_the_trained_output(make_config: MakeConfig, tmp_path: Path, encoders: bool) -> None:
+    config = config_of(make_config, encoders)
+    module, paths = exported(config, tmp_path, "diffusers")
+    assert [p.name for p in paths] == ["unet", "text_encoder", "text_encoder_2"][: 3 if encoders else 1]
+    kinds = {"unet": UNet2DConditionModel, "text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    components = {p.name: kinds[p.name].from_pretrained(p) for p in paths}
+    pipeline = StableDiffusionXLPipeline.from_pretrained(config.model.path, **components)
+    assert relative(pipeline_output(pipeline, config), output_of(module, model_of(config))) < 1e-6
+    base = StableDiffusionXLPipeline.from_pretrained(config.model.path)
+    for name in ("text_encoder", "text_encoder_2") if encoders else ():
+        held, was = components[name].state_dict(), getattr(base, name).state_dict()
+        kept = {n for n in held if torch.equal(held[n], was[n])}
+        # What SDXL has no use for is not trained, and comes along as it was.
+        assert kept == {n for n in held if re.search(r"layers\.1\.|final_layer_norm", n) and name == "text_encoder"}
+
+
+@TRAINED
+def test_the_whole_checkpoint_loads_in_diffusers_and_gives_the_trained_output(
+    make_config: MakeConfig, tmp_path: Path, encoders: bool
+) -> None:
+    config = config_of(make_config, encoders)
+    module, [path] = exported(config, tmp_path, "comfyui")
+    pipeline = StableDiffusionXLPipeline.from_single_file(str(path), config=config.model.path, local_files_only=True)
+    assert relative(pipeline_output(pipeline, config), output_of(module, model_of(config))) < 1e-5
+    base = StableDiffusionXLPipeline.from_pretrained(config.model.path)
+    assert all(torch.equal(t, base.vae.state_dict()[n]) for n, t in pipeline.vae.state_dict().items())
+
+
+@TRAINED
+def test_diffpipe_reads_every_component_of_its_own_checkpoint(make_config: MakeConfig, tmp_path: Path, encoders: bool) -> None:
+    config = config_of(make_config, encoders)
+    module, [path] = exported(config, tmp_path, "comfyui")
+    files = dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), path)
+    again = config.model_copy(update={"model": config.model.model_copy(update={"files": files})})
+    weights = model_of(again).weights()
+    assert weights.names() == set(module.state_dict())
+    assert all(torch.equal(weights.read(n), t) for n, t in module.state_dict().items())
+    # As the encoders of act one they give other text than before only when they were trained.
+    base = config_of(make_config, False)
+    frozen = again.model.model_copy(update={"train_text_encoders": False})
+    expected, got = encoded(model_of(base)), encoded(model_of(base.model_copy(update={"model": frozen})))
+    for name, tensor in expected.items():
+        same = torch.allclose(got[name], tensor, rtol=1e-5, atol=1e-5)
+        assert same != (encoders and name in ("text", "pooled")), name

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextConfig
 
 from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
 from diffpipe.data.dataset import stack
@@ -23,7 +27,9 @@ from diffpipe.models.adapters import adapter_tensors, attach, resolve_targets
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.blueprint import shipped
 from diffpipe.models.encoders import load_component
-from diffpipe.models.sdxl import chunked
+from diffpipe.models.ldm import open_clip_originals, vae_originals
+from diffpipe.models.names import original_names
+from diffpipe.models.sdxl import SDXL, chunked
 from diffpipe.pipeline.stage import sum_errors
 from tests.families import drawn, encoded, encoders_of, with_weights
 
@@ -134,6 +140,40 @@ def test_a_weight_without_bound_is_refused(toys: Toys) -> None:
         model_of(toys, {"debiased": True, "zero_terminal_snr": True})
     model_of(toys, {"debiased": True, "prediction": "v"})
     model_of(toys, {"debiased": True})
+
+
+# -- the released checkpoint ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def released() -> dict[str, dict[str, Tensor]]:
+    """The weights of every network of the released pipeline, on meta."""
+    kinds = {n: c for n, c in shipped("sdxl").items() if n in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    with torch.device("meta"):
+        unet, vae = (getattr(diffusers, kinds[n].kind).from_config(kinds[n].config) for n in ("unet", "vae"))
+        encoders = [getattr(transformers, kinds[n].kind)(CLIPTextConfig(**kinds[n].config)) for n in ("text_encoder", "text_encoder_2")]
+    return {name: module.state_dict() for name, module in zip(kinds, (unet, vae, *encoders), strict=True)}
+
+
+def test_the_released_unet_has_the_size_that_its_file_tells(released: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    (tmp_path / "unet.safetensors").touch()
+    model = make_model(ModelConfig(family="sdxl", files={"unet": tmp_path / "unet.safetensors"}), ObjectiveConfig())
+    names = original_names(SDXL.originals, released["unet"])
+    shapes = {original: tuple(released["unet"][pieces[0].name].shape) for original, pieces in names.items()}
+    told = model.file_config(shapes)
+    assert told.keys() >= {"block_out_channels", "transformer_layers_per_block", "attention_head_dim", "cross_attention_dim"}
+    assert told == {name: shipped("sdxl")["unet"].config[name] for name in told}
+
+
+def test_the_released_vae_and_second_encoder_have_original_names_that_diffusers_reads(released: dict[str, dict[str, Tensor]]) -> None:
+    vae, encoder = vae_originals(released["vae"]), open_clip_originals(released["text_encoder_2"])
+    assert (len(vae), len(encoder), len(released["text_encoder"])) == (248, 389, 196)
+    assert vae["encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
+    assert encoder["transformer.resblocks.31.attn.in_proj_weight"].shape == (3 * 1280, 1280)
+    back = convert_ldm_vae_checkpoint(dict(vae), shipped("sdxl")["vae"].config)
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in released["vae"].items()}
+    again = convert_open_clip_checkpoint(None, dict(encoder), prefix="")
+    assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in released["text_encoder_2"].items()}
 
 
 # -- trained text encoders -----------------------------------------------------------------------------------------------
