@@ -44,7 +44,7 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
     with_weights(whole, model)
     shapes = [{"rows": 2, "columns": 3}, {"rows": 3, "columns": 2, "frames": frames_of(model)}, {"rows": 2, "columns": 2}]
     for step, shape in enumerate(shapes):
-        every = [microbatch(model, seed=10 * step + i, count=1, **shape) for i in range(MICROBATCHES * mesh.replicas)]
+        every = [microbatch(model, seed=10 * step + i, count=2, **shape) for i in range(MICROBATCHES * mesh.replicas)]
         share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
         own, counted = pipeline.gradients()
         mesh.mean_over_replicas(own)
