@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import diffusers
@@ -12,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from diffpipe.config.schema import Config
+from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig
 from diffpipe.export.files import write_safetensors
 from diffpipe.export.run import export_tensors
+from diffpipe.models import make_model
+from diffpipe.models.adapter_files import name_adapter
 from diffpipe.models.adapters import adapter_tensors
 from diffpipe.models.flux import Flux
 from diffpipe.models.names import lora_to_original, original_names, to_original
@@ -39,8 +42,10 @@ def deltas(tensors: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
 LOADED = [
     pytest.param("chroma", "diffusers", id="chroma"),
     pytest.param("flux", "diffusers", id="flux"),
+    pytest.param("hunyuan-video", "diffusers", id="hunyuan-video"),
     pytest.param("ltx-video", "diffusers", id="ltx-video"),
     pytest.param("ltx-video", "comfyui", id="ltx-video-original-names"),
+    pytest.param("lumina2", "diffusers", id="lumina2"),
     pytest.param("wan", "diffusers", id="wan"),
     pytest.param("wan", "comfyui", id="wan-original-names"),
     pytest.param("wan-i2v", "diffusers", id="wan-i2v"),
@@ -110,6 +115,26 @@ def test_at_released_width_diffusers_reads_a_flux_lora_under_original_names_back
     back = FluxPipeline.lora_state_dict(kohya)
     assert {n.removeprefix("transformer.") for n in back} == set(tensors)
     assert all(torch.equal(back[f"transformer.{n}"], t) for n, t in tensors.items())
+
+
+@pytest.mark.parametrize("family", ["hunyuan-video", "lumina2"])
+def test_at_released_width_diffusers_reads_a_lora_under_original_names_back(family: str) -> None:
+    model = make_model(ModelConfig(family=family), ObjectiveConfig())
+    whole = model.load_denoiser()
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, Tensor] = {}
+    for name in model.adapter_targets(whole):
+        if re.match(r"\w+\.0\.", name):
+            layer = whole.get_submodule(name)
+            tensors[f"{name}.lora_A.weight"] = torch.randn(2, int(layer.in_features), generator=generator)
+            tensors[f"{name}.lora_B.weight"] = torch.randn(int(layer.out_features), 2, generator=generator)
+    back = getattr(diffusers, model.pipeline).lora_state_dict(name_adapter(tensors, model, "comfyui"))
+    back = {n.removeprefix("transformer."): t for n, t in back.items()}
+    assert set(back) == set(tensors)
+    for name in {n.rpartition(".lora_")[0] for n in tensors}:
+        given = torch.randn(tensors[f"{name}.lora_A.weight"].shape[1], generator=generator)
+        got, expected = (t[f"{name}.lora_B.weight"] @ (t[f"{name}.lora_A.weight"] @ given) for t in (back, tensors))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_header_tells_where_a_lora_comes_from(make_config: MakeConfig, family: str, tmp_path: Path) -> None:
