@@ -314,9 +314,30 @@ class ExportConfig(Section):
 
 
 class MemoryConfig(Section):
-    recompute: Literal["none", "block"] = Field(
-        default="block", description="`block` keeps only block inputs and recomputes the rest in backward; `none` keeps all activations."
+    recompute: Literal["none", "block", "selective"] = Field(
+        default="block",
+        description="`block` keeps only block inputs and recomputes the rest in backward; `selective` keeps attention's results too; `none`"
+        " keeps all activations.",
     )
+    recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
+    swap: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+        default=0, description="Blocks of each stage whose frozen weights lie in host memory and stream to the device as they are used."
+    )
+    room: float | None = Field(
+        default=None, gt=0, description="MiB on the device that streamed weights share; null is what two blocks take, the least there is."
+    )
+    pin: bool = Field(
+        default=True, description="Page-lock streamed weights in host memory; false is slower, for machines that may not lock as much."
+    )
+    offload: bool = Field(default=False, description="Move saved activations to host memory between forward and backward.")
+    offload_threshold: float = Field(default=16.0, gt=0, description="MiB from which a saved activation is moved.")
+    quantize: Literal["none", "fp8"] = Field(
+        default="none", description="Kept form of frozen linear weights in blocks: fp8 (e4m3, scaled by row)."
+    )
+    products: bool | None = Field(
+        default=None, description="Multiply fp8 weights in fp8 (Ada, Hopper and later cards); null does where the card can."
+    )
+    compile: bool = Field(default=False, description="Compile each block with torch.compile, once for each kind of block and bucket.")
 
 
 class MetricsConfig(Section):

@@ -100,6 +100,7 @@ class DiffusionModel(ABC):
     encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
     process: ClassVar[str] = "rectified flow"  # what noise does to data, and so what is learned, in the words of the field
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps
+    high_precision: ClassVar[tuple[str, ...]] = ()  # patterns of layers in blocks that are never kept in few bits
     unused: ClassVar[frozenset[str]] = frozenset()  # components of the pipeline that neither encoding nor training needs
     # Keys of the config that this family gives a meaning to, beside those that all do.
     options: ClassVar[frozenset[str]] = frozenset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,7 +17,9 @@ from diffpipe.models.adapter_files import read_adapter
 from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.cut import Fakes, Part, Probe
-from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.memory.layer import MemoryLayer
+from diffpipe.pipeline.memory.quantize import Fp8Linear, quantized
+from diffpipe.pipeline.memory.stream import Home
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.split import Span, split
@@ -37,11 +39,10 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
         fakes.fill(twin)
     probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[mesh.stage], fakes)
-    read_weights(part, model, config, mesh.device, progress)
-    if config.memory.recompute == "block":
-        for unit in part.units:
-            recompute(part.model.get_submodule(unit))
-    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe)
+    memory = MemoryLayer(config.memory, model, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
+    read_weights(part, model, config, mesh.device, progress, memory.homes.values())
+    memory.wrap()
+    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory)
 
 
 def choose_attention(kind: str) -> None:
@@ -74,30 +75,55 @@ def precision_of(config: Config, device: torch.device) -> Callable[[], AbstractC
     return lambda: torch.autocast(device.type, dtype)
 
 
-def read_weights(part: Part, model: DiffusionModel, config: Config, device: torch.device, progress: LoadProgress) -> None:
-    """Fill what the part owns, one tensor at a time straight to the device, so that the host never holds two."""
+def read_weights(
+    part: Part, model: DiffusionModel, config: Config, device: torch.device, progress: LoadProgress, homes: Collection[Home] = ()
+) -> None:
+    """Fill what the part owns, one tensor at a time straight to where it stays, so that the host never holds two.
+
+    Args:
+        homes: of weights that stay in host memory.
+    """
     source = model.weights()
-    wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta and not is_adapter(n)]
+    at_home = {id(s.owner._parameters[s.leaf]) for home in homes for s in home.slices}
+    wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta or id(t) in at_home]
+    wanted = [(n, t) for n, t in wanted if not is_adapter(n)]
     total = sum(t.nbytes for _, t in wanted)
     done = 0
     for name, empty in wanted:
-        _place(part.model, name, source.read(base_name(name), empty.dtype).to(device))
+        owner, _, leaf = name.rpartition(".")
+        layer = part.model.get_submodule(owner)
+        if not isinstance(layer, Fp8Linear):
+            values = {leaf: source.read(base_name(name), empty.dtype)}
+        elif leaf == "scale":
+            continue  # comes with the weight
+        elif leaf == "weight":
+            values = dict(zip(("weight", "scale"), quantized(source.read(base_name(name)).to(device)), strict=True))
+        else:
+            values = {leaf: source.read(base_name(name), empty.dtype)}
+        for part_leaf, value in values.items():
+            old = layer._parameters.get(part_leaf)
+            if id(old) in at_home:
+                assert old is not None
+                old.data.copy_(value)
+            else:
+                _place(layer, part_leaf, value.to(device))
         done += empty.nbytes
         progress(done, total)
     if config.adapter is not None:
         given = read_adapter(config.adapter.init, model) if config.adapter.init is not None else None
         initialise(part.model, config.adapter, config.run.seed, device, given, lambda layer: source.read(f"{layer}.weight", torch.float32))
-    part.to(device)
+    for owner_module in part.modules():
+        for leaf, tensor in [*owner_module._parameters.items(), *owner_module._buffers.items()]:
+            if tensor is not None and id(tensor) not in at_home and tensor.device != device:
+                _place(owner_module, leaf, tensor.to(device))
 
 
-def _place(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    owner_module = module.get_submodule(owner)
-    old = owner_module._parameters.get(leaf)
+def _place(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    old = module._parameters.get(leaf)
     if old is not None:
-        owner_module._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+        module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
     else:
-        owner_module._buffers[leaf] = value
+        module._buffers[leaf] = value
 
 
 def _set_types(module: nn.Module, model: DiffusionModel, config: Config) -> None:

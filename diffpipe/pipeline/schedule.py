@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from diffpipe.models.base import Targets
 from diffpipe.pipeline.cut import Border, Probe
+from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.stage import Stage, StepInputs
 
@@ -25,8 +26,8 @@ class Pipeline:
     receive buffers between steps. Their metadata is given, so no extra pass is ever run to find it.
     """
 
-    def __init__(self, stage: Stage, mesh: Mesh, probe: Probe) -> None:
-        self.stage, self.mesh, self.probe = stage, mesh, probe
+    def __init__(self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer) -> None:
+        self.stage, self.mesh, self.probe, self.memory = stage, mesh, probe, memory
 
     def train(self, microbatches: Microbatches) -> Tensor:
         """Forward and backward of one step; gradients add up in ``.grad``.
@@ -72,7 +73,9 @@ class Pipeline:
         schedule = kind(self._torch_stage(borders), count, loss_fn=self.stage.loss, scale_grads=False)
         numbers = torch.arange(count)
         losses: list[Tensor] = []
+        self.memory.begin((torch.is_grad_enabled(), count))
         run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
+        self.memory.end()
         self.stage.inputs = StepInputs()
         if not last:
             return torch.zeros((), device=mesh.device)

@@ -18,7 +18,6 @@ from diffpipe.models.adapters import attach, base_name, initialise, resolve_targ
 from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.pipeline.build import outline, precision_of, read_weights
 from diffpipe.pipeline.cut import Border, Fakes, Part, Probe, expand
-from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.stage import sum_errors
 from tests.families import filled, frames_of, microbatch
 
@@ -164,20 +163,6 @@ def test_dropping_a_carried_module_from_the_spec_changes_the_output(model: Diffu
         payload, layout = first((), None, inputs)
         got, _ = last(tuple(t.detach() for t in payload), layout, inputs)
         assert not torch.allclose(got[0], output, atol=1e-4), dropped
-
-
-def test_recompute_changes_no_number(model: DiffusionModel) -> None:
-    inputs, targets = microbatch(model, frames=frames_of(model))
-    results = []
-    for wrap in (False, True):
-        part = Part(filled(whole_of(model, True)), model.spec, 0, len(expand(model.load_denoiser(), model.spec.units)), Fakes(CPU))
-        for unit in part.units if wrap else ():
-            recompute(part.model.get_submodule(unit))
-        results.append(run_parts([part], inputs, targets))
-    (a, la, ga), (b, lb, gb) = results
-    assert torch.equal(a, b)
-    assert torch.equal(la, lb)
-    assert all(torch.equal(ga[n], gb[n]) for n in ga)
 
 
 def test_adapters_start_equal_on_any_cut(model: DiffusionModel) -> None:

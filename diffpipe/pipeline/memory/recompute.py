@@ -1,22 +1,44 @@
-"""Keeps only the inputs of a unit and computes the rest again in backward."""
+"""Keeps only the inputs of a unit, or those and its costly results, and computes the rest again in backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# Attention: the dearest thing in a block at video lengths, and its result is as small as the block's input.
+COSTLY = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)
 
 
-def recompute(unit: nn.Module) -> None:
-    """Make ``unit`` recompute its activations; names, values and gradients stay as they are.
+def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """``forward`` that computes its activations again in backward; values and gradients stay as they are.
 
-    The instance's ``forward`` is replaced rather than the module, because a wrapping module would rename
-    every parameter. Non-reentrant: the reentrant kind gives no gradient when only adapters inside train.
+    Non-reentrant: the reentrant kind gives no gradient when only adapters inside train.
+
+    Args:
+        policy: "block" keeps only what goes in; "selective" keeps attention's results too.
     """
-    inner = unit.forward
+    contexts: Any = partial(create_selective_checkpoint_contexts, _policy) if policy == "selective" else None
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if contexts is None:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    unit.forward = forward
+    return recomputed
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op.name().removeprefix("aten::").partition(".")[0] if hasattr(op, "name") else ""
+    return CheckpointPolicy.MUST_SAVE if name in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,95 @@
+"""The memory layer of a stage: what is done to its units, from the inside out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpipe.config.schema import MemoryConfig
+from diffpipe.errors import ConfigError
+from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.memory.offload import Offload
+from diffpipe.pipeline.memory.quantize import has_products, quantize
+from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.memory.saved import Packer, saving
+from diffpipe.pipeline.memory.staging import Staging
+from diffpipe.pipeline.memory.stream import Stream, streamed, watch
+
+
+class MemoryLayer:
+    """What a stage keeps, recomputes and moves.
+
+    Made in two steps, since weights are read in between: ``quantize`` and the homes of streamed weights come before,
+    ``wrap`` after. A unit's forward becomes, from the inside out: compiled, recomputed, its saved activations moved, its
+    weights brought.
+
+    Args:
+        units: the stage's units, on meta.
+    """
+
+    def __init__(self, config: MemoryConfig, model: DiffusionModel, units: list[nn.Module], device: torch.device) -> None:
+        self.config, self.units, self.device = config, units, device
+        if config.quantize == "fp8":
+            products = has_products(device) if config.products is None else config.products
+            if products and not has_products(device):
+                raise ConfigError(
+                    f"{device.type} does not multiply fp8",
+                    where="memory.products",
+                    expected="a card of Ada, Hopper or later",
+                    fix="set it to null",
+                )
+            for unit in units:
+                quantize(unit, model.high_precision, products)
+        pinned = config.pin and device.type == "cuda"
+        self.homes = streamed(units, self._chosen(), pinned)
+        self.stream: Stream | None = None
+        self.offload = Offload(device, int(config.offload_threshold * (1 << 20))) if config.offload else None
+
+    def _chosen(self) -> list[int]:
+        """Numbers of the units whose weights stream: spread evenly, so that there is time to bring each."""
+        count, swap = len(self.units), self.config.swap
+        number = count if swap == "all" else int(swap)
+        if number > count:
+            raise ConfigError(
+                f"{number} units for a stage of {count}", where="memory.swap", expected=f"at most {count}, or all", fix="lower it"
+            )
+        return sorted({i * count // number for i in range(number)}) if number else []
+
+    def wrap(self) -> None:
+        """Put the policies around the units' forwards; the weights are read."""
+        if self.homes:
+            room = None if self.config.room is None else int(self.config.room * (1 << 20))
+            self.stream = Stream(self.homes, self.device, room, None if self.config.pin or self.device.type != "cuda" else Staging())
+        for number, unit in enumerate(self.units):
+            forward: Callable[..., Any] = unit.forward
+            if self.config.compile:
+                forward = torch.compile(forward, dynamic=False)
+            if self.config.recompute != "none" and number % self.config.recompute_every == 0:
+                forward = recompute(forward, self.config.recompute)
+            streams = self.stream if number in self.homes else None
+            if streams is not None or self.offload is not None:
+                forward = saving(forward, partial(_packers, streams, self.offload))
+            if streams is not None:
+                forward = watch(forward, partial(streams.enter, number))
+            unit.forward = forward  # the instance's: a wrapping module would rename every parameter
+
+    def begin(self, key: Any) -> None:
+        """A step begins; ``key`` is what decides the order in which units are used."""
+        if self.stream is not None:
+            self.stream.begin(key)
+        if self.offload is not None:
+            self.offload.begin()
+
+    def end(self) -> None:
+        """The step's work is queued."""
+        if self.stream is not None:
+            self.stream.end()
+
+
+def _packers(stream: Stream | None, offload: Offload | None) -> list[Packer]:
+    """Who is asked about what a unit saves; weights first, which must not be moved as activations."""
+    return [each.packer() for each in (stream, offload) if each is not None]

@@ -1,0 +1,152 @@
+"""Keeps large saved activations in host memory between forward and backward, copied both ways beside the computation."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffpipe.pipeline.memory.saved import Packer
+
+PAGE = 1 << 20  # bytes: host buffers are multiples of it, so that later activations fit into earlier ones' buffers
+
+
+class Kept:
+    """One activation in host memory, and on its way back on the device. Autograd owns it; its buffer is free when it goes."""
+
+    def __init__(self, offload: Offload, unit: int, like: Tensor, host: Tensor, written: Any) -> None:
+        self.offload, self.unit, self.host, self.written = offload, unit, host, written
+        self.shape, self.stride, self.dtype, self.bytes = like.shape, like.stride(), like.dtype, like.nbytes
+        self.back: tuple[Tensor, Any] | None = None
+
+    def restore(self) -> Tensor:
+        """The activation on the device; those that are needed next are on their way from now on."""
+        return self.offload.restore(self)
+
+    def laid_out(self, flat: Tensor) -> Tensor:
+        """A buffer's first bytes as the activation, its strides kept: kernels round by how their inputs lie."""
+        return flat[: self.bytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Offload:
+    """Moves what units save for their backward passes to page-locked host memory, and brings it back before it is needed.
+
+    Units' backward passes come in the reverse order of their forward passes, so that while one is computed the
+    activations of the unit entered before it are fetched.
+
+    Args:
+        device: CUDA, or the CPU, where the same is done without streams.
+        threshold: bytes from which a tensor is moved.
+    """
+
+    def __init__(self, device: torch.device, threshold: int) -> None:
+        self.device, self.threshold = device, threshold
+        self.cuda = device.type == "cuda"
+        self.out: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.back: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.pool: dict[int, list[tuple[Tensor, Any]]] = {}
+        self.units: list[list[weakref.ref[Kept]]] = []  # what each unit's forward pass saved, in the order of the passes
+        self.held = 0  # bytes of host memory
+        self.moved = 0  # bytes copied to the host
+
+    def begin(self) -> None:
+        """A step begins; nothing that was saved before is needed any more."""
+        self.units.clear()
+
+    def packer(self) -> Packer:
+        """Moves what one forward pass of a unit saves."""
+        mine: list[weakref.ref[Kept]] = []
+        number = len(self.units)
+        self.units.append(mine)
+
+        def pack(tensor: Tensor) -> Kept | None:
+            if tensor.nbytes < self.threshold or tensor.device.type != self.device.type or not _dense(tensor) or _weight(tensor):
+                return None
+            kept = self._away(tensor.detach(), number)
+            mine.append(weakref.ref(kept))
+            return kept
+
+        return pack
+
+    def _away(self, tensor: Tensor, unit: int) -> Kept:
+        host, free = self._take(tensor.nbytes)
+        written = torch.cuda.Event() if self.cuda else None
+        kept = Kept(self, unit, tensor, host, written)
+        target = kept.laid_out(host)
+        self.moved += tensor.nbytes
+        if written is not None:
+            self.out.wait_stream(torch.cuda.current_stream(self.device))
+            if free is not None:
+                self.out.wait_event(free)
+            with torch.cuda.stream(self.out):
+                target.copy_(tensor, non_blocking=True)
+            written.record(self.out)
+            tensor.record_stream(self.out)
+        else:
+            target.copy_(tensor)
+        weakref.finalize(kept, self._give_back, host)
+        return kept
+
+    def restore(self, kept: Kept) -> Tensor:
+        """An activation on the device; what the unit before its own saved is fetched from now on."""
+        self._fetch(kept)
+        assert kept.back is not None
+        tensor, event = kept.back
+        kept.back = None  # the caller's now; it must not stay longer than it is used
+        if event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(event)
+            tensor.record_stream(current)
+        if 0 < kept.unit <= len(self.units):
+            for reference in self.units[kept.unit - 1]:
+                if (other := reference()) is not None:
+                    self._fetch(other)
+        return tensor
+
+    def _fetch(self, kept: Kept) -> None:
+        """Start to bring an activation back."""
+        if kept.back is not None:
+            return
+        if not self.cuda:
+            kept.back = (kept.laid_out(kept.host.clone()), None)
+            return
+        with torch.cuda.stream(self.back):
+            self.back.wait_event(kept.written)
+            tensor = kept.laid_out(torch.empty(kept.bytes, dtype=torch.uint8, device=self.device))
+            tensor.copy_(kept.laid_out(kept.host), non_blocking=True)
+        kept.back = (tensor, self._event(self.back))
+
+    def _take(self, count: int) -> tuple[Tensor, Any]:
+        """A host buffer of at least ``count`` bytes, and the event after which it may be written."""
+        size = -(-count // PAGE) * PAGE
+        free = self.pool.setdefault(size, [])
+        if free:
+            return free.pop()
+        self.held += size
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda), None
+
+    def _give_back(self, host: Tensor) -> None:
+        """A buffer's activation is gone: it may be written once what was queued to read it has done so."""
+        self.pool.setdefault(host.numel(), []).append((host, self._event(self.back) if self.cuda else None))
+
+    def _event(self, stream: Any) -> Any:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill its bytes, each once, in whatever order."""
+    expected = 1
+    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _weight(tensor: Tensor) -> bool:
+    """Whether a tensor is a parameter or a view of one, which stays on the device whatever is saved of it."""
+    return isinstance(tensor, torch.nn.Parameter) or isinstance(tensor._base, torch.nn.Parameter)

@@ -1,0 +1,273 @@
+"""Streams frozen weights: they lie in host memory, and each unit's are in the device's arena while it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
+from diffpipe.pipeline.memory.saved import Packer
+from diffpipe.pipeline.memory.staging import Staging
+
+ALIGNED = 256  # bytes: each weight begins where any kernel may read it fastest
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a weight lies in its unit's flat buffer."""
+
+    owner: nn.Module
+    leaf: str
+    begin: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The weight as a view of the buffer."""
+        size = self.shape.numel() * self.dtype.itemsize
+        return flat[self.begin : self.begin + size].view(self.dtype).view(self.shape)
+
+
+class Home:
+    """A unit's frozen weights in one flat host buffer.
+
+    Args:
+        unit: the module; its frozen parameters, on meta, become views of the buffer.
+        pinned: page-lock the buffer, so that a device copies from it while it computes.
+    """
+
+    def __init__(self, unit: nn.Module, pinned: bool) -> None:
+        self.slices: list[Slice] = []
+        begin = 0
+        for owner in unit.modules():
+            for leaf, p in owner._parameters.items():
+                if p is not None and not p.requires_grad:
+                    begin = -(-begin // ALIGNED) * ALIGNED
+                    self.slices.append(Slice(owner, leaf, begin, p.shape, p.dtype))
+                    begin += p.numel() * p.dtype.itemsize
+        self.flat = torch.empty(begin, dtype=torch.uint8, pin_memory=pinned)
+        for s in self.slices:
+            s.owner._parameters[s.leaf] = nn.Parameter(s.of(self.flat), requires_grad=False)
+
+    @property
+    def size(self) -> int:
+        return -(-self.flat.numel() // ALIGNED) * ALIGNED
+
+    def bind(self, place: Tensor) -> None:
+        """Make the weights views of a place on the device that holds them. The parameters stay the objects they are, so what
+        autograd or a compiled block keeps of them stays valid."""
+        for s in self.slices:
+            parameter = s.owner._parameters[s.leaf]
+            assert parameter is not None
+            parameter.data = s.of(place)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A view of streamed weights that autograd saved: found again where its unit lies in backward."""
+
+    stream: Stream
+    unit: int
+    begin: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def restore(self) -> Tensor:
+        """The view, in the place where the unit's weights are now."""
+        place = self.stream.arena[self.stream.bound[self.unit] :]
+        return place[self.begin :].view(torch.uint8)[: _reach(self)].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+def _reach(view: Placed) -> int:
+    """Bytes from a view's first element to its last."""
+    return (1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))) * view.dtype.itemsize
+
+
+class Stream:
+    """Brings units' weights to the device in the order in which a step uses them.
+
+    A step's visits are known when it begins: those of the last step that looked the same. Where a step goes another way than
+    foreseen, each unit is brought when it is entered, and the next such step is foreseen by what this one did.
+
+    Args:
+        homes: of the units that stream, by number.
+        device: CUDA, or the CPU, where the same copies are made without streams.
+        room: bytes of the arena; None takes what holds a unit and the one after it.
+        staging: copies from host memory that is not page-locked; None where it is.
+    """
+
+    def __init__(self, homes: dict[int, Home], device: torch.device, room: int | None = None, staging: Staging | None = None) -> None:
+        self.homes, self.device, self.staging = homes, device, staging
+        self.sizes = {n: home.size for n, home in homes.items()}
+        order = sorted(homes)
+        least = smallest_room(self.sizes, [*order, *reversed(order)])
+        self.arena = torch.empty(max(room or least, max(self.sizes.values())), dtype=torch.uint8, device=device)
+        self.cuda = device.type == "cuda"
+        self.copies: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.known: dict[Any, tuple[int, ...]] = {}
+        self.plans: dict[Any, Plan] = {}
+        self.resident: dict[int, int] = {}
+        self.bound: dict[int, int] = {}
+        self.ready: dict[int, Any] = {}  # by unit, the event of its last copy
+        self.done: dict[int, Any] = {}  # by visit, the event of its end
+        self.key: Any = None
+        self.plan: Plan | None = None
+        self.trace: list[int] = []
+        self.inside: int | None = None
+        self.moved = 0
+
+    def begin(self, key: Any) -> None:
+        """A step begins.
+
+        Args:
+            key: of what decides the order of use: training or evaluation, the number of microbatches.
+        """
+        self.end()
+        self.key, self.trace, self.inside = key, [], None
+        visits = self.known.get(key)
+        self.plan = self._planned(visits) if visits else None
+        self.done = {START: self._event()}
+
+    def end(self) -> None:
+        """The step is over: what it did is what the next one like it is expected to do."""
+        if self.key is None:
+            return
+        self.leave()
+        if self.plan is not None and tuple(self.trace) == self.plan.visits:
+            self.resident = dict(self.plan.resident)
+        self.known[self.key] = tuple(self.trace)
+        self.key = None
+
+    def enter(self, unit: int) -> None:
+        """Have a unit's weights on the device for what is queued from here on."""
+        if self.inside == unit:
+            return
+        self.leave()
+        visit = len(self.trace)
+        if self.plan is not None and (visit >= len(self.plan.visits) or self.plan.visits[visit] != unit):
+            self._forget()
+        self.trace.append(unit)
+        self.inside = unit
+        if self.plan is None:
+            self._bring(unit)
+        else:
+            for load in self.plan.before[visit]:
+                self._copy(load)
+            self._use(unit, self.plan.places[visit])
+
+    def leave(self) -> None:
+        """The work of the unit that was entered last is queued."""
+        if self.inside is None:
+            return
+        visit = len(self.trace) - 1
+        self.inside = None
+        self.done[visit] = self._event()
+        if self.plan is not None:
+            for load in self.plan.behind[visit]:
+                self._copy(load)
+
+    def packer(self) -> Packer:
+        """Keeps which weights were saved, not where they lay: in backward they lie elsewhere."""
+        storage = self.arena.untyped_storage().data_ptr()
+
+        def pack(tensor: Tensor) -> Placed | None:
+            if self.inside is None or tensor.untyped_storage().data_ptr() != storage:
+                return None
+            begin = int(tensor.storage_offset()) * tensor.dtype.itemsize - self.bound[self.inside]
+            return Placed(self, self.inside, begin, tensor.shape, tensor.stride(), tensor.dtype)
+
+        return pack
+
+    def _planned(self, visits: tuple[int, ...]) -> Plan:
+        signature = (visits, tuple(sorted(self.resident.items())))
+        if signature not in self.plans:
+            self.plans[signature] = make_plan(visits, self.sizes, self.arena.numel(), self.resident)
+        return self.plans[signature]
+
+    def _forget(self) -> None:
+        """Go on without a plan: nothing in the arena is where it was foreseen."""
+        self.plan, self.resident, self.bound = None, {}, {}
+
+    def _bring(self, unit: int) -> None:
+        """Copy a unit to the beginning of the arena once everything queued is done with it."""
+        if self.resident != {unit: 0}:
+            self.done[START] = self._event()
+            self._copy(Load(unit, 0, START))
+            self.resident = {unit: 0}
+        self._use(unit, 0)
+
+    def _copy(self, load: Load) -> None:
+        home = self.homes[load.unit]
+        place = self.arena[load.offset : load.offset + home.flat.numel()]
+        self.moved += home.flat.numel()
+        if not self.cuda:
+            place.copy_(home.flat)
+            return
+        with torch.cuda.stream(self.copies):
+            self.copies.wait_event(self.done[load.after])
+            if self.staging is None:
+                place.copy_(home.flat, non_blocking=True)
+            else:
+                self.staging.copy(home.flat, place, self.copies)
+            self.ready[load.unit] = self._event(self.copies)
+
+    def _use(self, unit: int, offset: int) -> None:
+        if self.cuda and unit in self.ready:
+            torch.cuda.current_stream(self.device).wait_event(self.ready[unit])
+        if self.bound.get(unit) != offset or not self.cuda:
+            self.homes[unit].bind(self.arena[offset : offset + self.sizes[unit]])
+            self.bound[unit] = offset
+
+    def _event(self, stream: Any = None) -> Any:
+        if not self.cuda:
+            return None
+        event = torch.cuda.Event()
+        event.record(stream or torch.cuda.current_stream(self.device))
+        return event
+
+
+class _Enter(torch.autograd.Function):
+    """Identity behind a unit; in backward the first that is met of it."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.call = call
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.call()
+        return (None, *gradients)
+
+
+def watch(forward: Callable[..., Any], enter: Callable[[], None]) -> Callable[..., Any]:
+    """``forward`` with a call before its work, and one before that of its backward pass.
+
+    An identity on the tensors that come out, rather than hooks on a module: a hook would make a compiled module run
+    uncompiled.
+    """
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        enter()
+        out = forward(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return out
+        leaves, spec = tree_flatten(out)
+        chosen = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if chosen:
+            for i, x in zip(chosen, _Enter.apply(enter, *(leaves[i] for i in chosen)), strict=True):
+                leaves[i] = x
+        return tree_unflatten(leaves, spec)
+
+    return watched
+
+
+def streamed(units: Sequence[nn.Module], chosen: Sequence[int], pinned: bool) -> dict[int, Home]:
+    """Homes for the chosen units, by number."""
+    return {n: Home(units[n], pinned) for n in chosen}

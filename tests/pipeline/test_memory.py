@@ -1,0 +1,202 @@
+"""Recompute, offload, streaming and compile change memory and time, never numbers; planned streams bring what is needed in time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffpipe.config.schema import Config
+from diffpipe.errors import ConfigError
+from diffpipe.models import MODELS, make_model
+from diffpipe.pipeline.build import build
+from diffpipe.pipeline.memory.arena import START, make_plan, smallest_room
+from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.pipeline.schedule import Pipeline
+from tests.families import drawn, frames_of, microbatch
+
+Toys = Callable[[str], Path]
+POLICIES: dict[str, dict[str, Any]] = {
+    "block": {"recompute": "block"},
+    "every-second": {"recompute": "block", "recompute_every": 2},
+    "selective": {"recompute": "selective"},
+    "offload": {"recompute": "block", "offload": True, "offload_threshold": 0.001},
+    "offload-all": {"recompute": "none", "offload": True, "offload_threshold": 0.001},
+    "swap-all": {"recompute": "block", "swap": "all"},
+    "swap-all-kept": {"recompute": "none", "swap": "all"},
+    "swap-2": {"recompute": "block", "swap": 2},
+    "everything": {"recompute": "selective", "swap": "all", "offload": True, "offload_threshold": 0.001},
+}
+
+
+def config_of(family: str, checkpoint: Path, adapter: dict[str, Any] | None, memory: dict[str, Any], **more: Any) -> Config:
+    raw = {
+        "run": {"steps": 1},
+        "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
+        "adapter": adapter,
+        "data": {"folders": [{"path": "unused"}]},
+        "memory": memory,
+        **more,
+    }
+    return Config.model_validate(raw)
+
+
+def steps_of(config: Config, count: int = 2, rounds: int = 3) -> list[tuple[float, dict[str, Tensor], float]]:
+    """Loss, gradients and evaluation loss of some steps: the second and third go by what the first did."""
+    model = make_model(config.model, config.objective)
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        part = pipeline.stage.part.model
+        with torch.no_grad():
+            for name, p in part.named_parameters():
+                if p.requires_grad and config.adapter is not None:
+                    p.copy_(drawn(name, p.shape))
+        results = []
+        for i in range(rounds):
+            batch = [microbatch(model, seed=10 * i + j, count=1, frames=frames_of(model)) for j in range(count)]
+            loss = pipeline.train(batch).item()
+            gradients = {n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None}
+            part.zero_grad()
+            results.append((loss, gradients, pipeline.evaluate(batch[:1]).item()))
+    return results
+
+
+def same(got: list, expected: list) -> None:
+    for (loss, gradients, evaluated), (want, wanted, held) in zip(got, expected, strict=True):
+        assert loss == want and evaluated == held
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, wanted[name]), name
+
+
+@pytest.fixture(scope="module")
+def plain(toys: Toys) -> Callable[[str], list]:
+    """What a family's steps give when everything is kept."""
+    done: dict[str, list] = {}
+
+    def get(family: str) -> list:
+        if family not in done:
+            done[family] = steps_of(config_of(family, toys(family), {"rank": 4}, {"recompute": "none"}))
+        return done[family]
+
+    return get
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_no_policy_changes_a_number(toys: Toys, plain: Callable[[str], list], family: str, policy: str) -> None:
+    same(steps_of(config_of(family, toys(family), {"rank": 4}, POLICIES[policy])), plain(family))
+
+
+def test_streamed_weights_of_some_adapted_blocks_follow_what_a_step_does(toys: Toys) -> None:
+    # Blocks before the first adapter get no backward pass, which nothing tells beforehand.
+    adapter = {"rank": 4, "targets": [r"single_transformer_blocks\\.[34]\\."]}
+    adapter["targets"] = [r"single_transformer_blocks\.[34]\."]
+    expected = steps_of(config_of("flux", toys("flux"), adapter, {"recompute": "none"}))
+    same(steps_of(config_of("flux", toys("flux"), adapter, {"swap": "all"})), expected)
+
+
+def test_more_blocks_than_there_are_is_an_error(toys: Toys) -> None:
+    with pytest.raises(ConfigError, match=r"memory\.swap: 99 units for a stage of 6"):
+        steps_of(config_of("wan", toys("wan"), {"rank": 4}, {"swap": 99}))
+
+
+def pipeline_of(config: Config, mesh: Any) -> Pipeline:
+    return build(config, make_model(config.model, config.objective), mesh)
+
+
+def test_streamed_weights_take_no_more_of_the_device_than_their_room(toys: Toys) -> None:
+    config = config_of("wan", toys("wan"), {"rank": 4}, {"swap": "all"})
+    with open_mesh(config.mesh) as mesh:
+        stream = pipeline_of(config, mesh).memory.stream
+        assert stream is not None
+        whole = sum(h.size for h in stream.homes.values())
+        assert stream.arena.numel() == max(a + b for a, b in zip(*[iter([h.size for h in stream.homes.values()])] * 2, strict=False))
+        assert stream.arena.numel() < 0.4 * whole
+
+
+# -- plans -----------------------------------------------------------------------------------------------------------
+
+
+def simulate(visits: list[int], sizes: dict[int, int], room: int, resident: dict[int, int]) -> tuple[int, dict[int, int]]:
+    """Run a plan as the copies and the computation would, in the order they are queued; gives loads and what stays.
+
+    Each load may begin once its visit ended, each visit once its unit's load ended; no load may touch the bytes of a unit whose
+    visit has not ended.
+    """
+    plan = make_plan(visits, sizes, room, resident)
+    memory: dict[int, int] = dict(resident)
+    ended = START
+    loads = 0
+
+    def load(one: Any) -> None:
+        nonlocal loads
+        loads += 1
+        assert one.after <= ended, "queued copies wait for visits that were queued before them"
+        for unit, offset in list(memory.items()):
+            if offset < one.offset + sizes[one.unit] and one.offset < offset + sizes[unit]:
+                last = max((i for i in range(ended + 1) if visits[i] == unit), default=START)
+                assert one.after >= last, "a copy overwrites a unit that is still in use"
+                del memory[unit]
+        assert one.offset >= 0 and one.offset + sizes[one.unit] <= room
+        memory[one.unit] = one.offset
+
+    for i, unit in enumerate(visits):
+        for one in plan.before[i]:
+            load(one)
+        assert memory.get(unit) == plan.places[i], "the unit lies where the plan says"
+        ended = i
+        for one in plan.behind[i]:
+            load(one)
+    assert memory == plan.resident
+    return loads, plan.resident
+
+
+UNITS = st.lists(st.integers(1, 40), min_size=2, max_size=9)
+
+
+@given(sizes=UNITS, extra=st.integers(0, 200), seed=st.integers(0, 10_000), rounds=st.integers(1, 3))
+def test_any_order_of_use_is_planned_so_that_no_copy_harms_what_is_used(sizes: list[int], extra: int, seed: int, rounds: int) -> None:
+    by_unit = dict(enumerate(sizes))
+    visits = [random.Random(seed).randrange(len(sizes)) for _ in range(30)]
+    visits = [u for i, u in enumerate(visits) if i == 0 or visits[i - 1] != u]
+    room, resident = max(sizes) + extra, {}
+    for _ in range(rounds):
+        _, resident = simulate(visits, by_unit, room, resident)
+
+
+def step_visits(units: int) -> list[int]:
+    forward = list(range(units))
+    return [*forward, *reversed(forward[:-1])]
+
+
+def test_a_step_of_equal_blocks_brings_each_twice_and_less_with_more_room() -> None:
+    visits, sizes = step_visits(20), dict.fromkeys(range(20), 10)
+    counts = []
+    for kept in (2, 5, 10, 19, 20):
+        resident: dict[int, int] = {}
+        for _ in range(3):
+            count, resident = simulate(visits, sizes, 10 * kept, resident)
+        counts.append(count)
+    # Forward and backward each bring all but what the other left, and with two places one is always being filled.
+    assert counts[0] <= 2 * 20 - 2 and counts[-1] == 0
+    assert counts == sorted(counts, reverse=True)
+    assert counts[2] <= 2 * 20 - 2 * 10 + 2
+
+
+def test_every_block_is_brought_while_the_one_before_it_is_computed() -> None:
+    visits, sizes = step_visits(12), dict.fromkeys(range(12), 10)
+    plan = make_plan(visits, sizes, 20, {})
+    plan = make_plan(visits, sizes, 20, plan.resident)
+    assert not any(load.unit == visits[i] for i in range(1, len(visits)) for load in plan.before[i]), "nothing is brought when it is due"
+
+
+def test_the_smallest_room_holds_a_block_and_the_one_after_it() -> None:
+    assert smallest_room({0: 30, 1: 10, 2: 10}, [0, 1, 2]) == 40
