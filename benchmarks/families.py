@@ -1,0 +1,85 @@
+"""Every family at its released size and usual resolution with random weights: does a LoRA start, step and export, how fast, in
+how much memory.
+
+    python -m benchmarks.families [FAMILY ...] [--steps 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.synthetic import USUAL, Config, make_random, microbatches
+
+
+def run(family: str, steps: int, folder: Path) -> str:
+    """One family's row of the table."""
+    from diffpipe.export.run import export_weights
+    from diffpipe.optim import make_optimizer, set_rates
+    from diffpipe.pipeline.build import build
+    from diffpipe.pipeline.mesh import open_mesh
+
+    height, width, frames = USUAL[family]
+    config = Config.model_validate(
+        {
+            "run": {"steps": steps},
+            "model": {"family": family},
+            "adapter": {"rank": 32},
+            "data": {"folders": [{"path": "unused"}]},
+            "export": {"formats": ["diffusers", "comfyui", "kohya"]},
+        }
+    )
+    model = make_random(config)
+    torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        module = pipeline.stage.part.model
+        built = time.perf_counter() - begun
+        optimizer = make_optimizer(config.optimizer, module.named_parameters())
+        set_rates(optimizer, 1.0)
+        times, losses = [], []
+        for step in range(steps + 1):
+            batch = microbatches(model, height, width, frames, 1, step)
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            losses.append(pipeline.train(batch).item())
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        files = export_weights(config, model, module, mesh, folder / family, config.export.formats)
+        exported = time.perf_counter() - begun
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    assert len(files) == 3 and all(f.stat().st_size > 1 << 20 for f in files)
+    count = sum(p.numel() for p in module.parameters()) / 1e9
+    size = f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
+    return (
+        f"| {family} | {count:.1f} B | {size} | {statistics.median(times[1:]):.2f} | {peak:.1f} | {losses[0]:.3f} | "
+        f"{built:.0f} | {exported:.0f} |"
+    )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("families", nargs="*", default=sorted(USUAL))
+    options.add_argument("--steps", type=int, default=3)
+    given = options.parse_args()
+    print(torch.cuda.get_device_name(), torch.__version__)
+    print(
+        "| family | parameters | size | s/step | peak GiB | first loss | build s | export s |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        for family in given.families:
+            print(run(family, given.steps, Path(folder)), flush=True)
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

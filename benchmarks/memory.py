@@ -1,0 +1,120 @@
+"""Speed and memory of a LoRA at real size under memory policies, on one GPU, with random weights.
+
+    python benchmarks/memory.py [CASE ...] [--steps 4]
+
+Prints for each case seconds a step (median after two steps), the largest memory allocated from the third step on, host memory
+that streams use, and what was copied. Each case runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks.synthetic import Config, make_random, microbatches
+
+FLUX = ("flux", 1024, 1024, 1)
+WAN = ("wan", 512, 512, 81)
+FP8 = {"quantize": "fp8"}
+# By name: family, height, width and frames; microbatches; the memory section.
+CASES = {
+    "flux-plain": (FLUX, 1, {}),
+    "flux-compiled": (FLUX, 1, {"compile": True}),
+    "flux-fp8": (FLUX, 1, {**FP8, "compile": True}),
+    "flux-fp8-no-products": (FLUX, 1, {**FP8, "compile": True, "products": False}),
+    "flux-free": (FLUX, 1, {**FP8, "compile": True, "recompute": "none"}),
+    "flux-least": (FLUX, 1, {**FP8, "compile": True, "swap": "all", "offload": True}),
+    "flux-least-4": (FLUX, 4, {**FP8, "compile": True, "swap": "all", "offload": True}),
+    "wan-plain": (WAN, 1, {}),
+    "wan-fp8": (WAN, 1, {**FP8, "compile": True}),
+    "wan-free": (WAN, 1, {**FP8, "compile": True, "recompute": "selective"}),
+    "wan-least": (WAN, 1, {**FP8, "compile": True, "swap": "all", "offload": True}),
+}
+
+
+def run(name: str, steps: int, extra: dict) -> dict[str, float]:
+    """One case in this process."""
+    from diffpipe.optim import make_optimizer, set_rates
+    from diffpipe.pipeline.build import build
+    from diffpipe.pipeline.mesh import open_mesh
+
+    (family, height, width, frames), count, memory = CASES[name]
+    config = Config.model_validate(
+        {
+            "run": {"steps": steps},
+            "model": {"family": family},
+            "adapter": {"rank": 32},
+            "data": {"folders": [{"path": "unused"}]},
+            "memory": {**memory, **extra},
+        }
+    )
+    model = make_random(config)
+    begun = time.perf_counter()
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        module = pipeline.stage.part.model
+        optimizer = make_optimizer(config.optimizer, module.named_parameters())
+        set_rates(optimizer, 1.0)
+        print(f"  built in {time.perf_counter() - begun:.1f} s", flush=True)
+        times, losses = [], []
+        for step in range(steps):
+            batch = microbatches(model, height, width, frames, count, step)
+            if step == 2:
+                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            losses.append(pipeline.train(batch).item())
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - begun)
+            print(f"  step {step}: {times[-1]:.3f} s, loss {losses[-1]:.5f}", flush=True)
+        stream, offload = pipeline.memory.stream, pipeline.memory.offload
+        return {
+            "seconds": statistics.median(times[2:]),
+            "peak": torch.cuda.max_memory_allocated() / 2**30,
+            "host": (sum(h.flat.numel() for h in stream.homes.values()) if stream else 0) / 2**30
+            + (offload.held if offload else 0) / 2**30,
+            "moved": (stream.moved / steps if stream else 0) / 2**30 + (2 * offload.moved / steps if offload else 0) / 2**30,
+            "loss": losses[-1],
+        }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("cases", nargs="*", default=list(CASES))
+    options.add_argument("--steps", type=int, default=6)
+    options.add_argument("--set", action="append", default=[], help="a key of the memory section, as JSON: room=2000")
+    options.add_argument("--here", action="store_true", help="run in this process and print JSON")
+    given = options.parse_args()
+    extra = {k: json.loads(v) for k, _, v in (s.partition("=") for s in given.set)}
+    if given.here:
+        print(json.dumps(run(given.cases[0], given.steps, extra)))
+        return
+    print(torch.cuda.get_device_name(), torch.__version__, flush=True)
+    for name in given.cases:
+        arguments = [
+            sys.executable,
+            "-m",
+            "benchmarks.memory",
+            name,
+            "--here",
+            f"--steps={given.steps}",
+            *(f"--set={s}" for s in given.set),
+        ]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{name:22} failed: {done.stderr.strip().splitlines()[-1]}\n{done.stderr[-1500:]}", flush=True)
+            continue
+        figures = json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{name:22} " + ", ".join(f"{k} {v:.3f}" for k, v in figures.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()

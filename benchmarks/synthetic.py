@@ -1,0 +1,89 @@
+"""Models of released size with random weights, and random cached samples of the released shapes, without any file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from diffpipe.config.schema import Config  # noqa: E402
+from diffpipe.flow import Key  # noqa: E402
+from diffpipe.models import model_class  # noqa: E402
+from diffpipe.models.base import DiffusionModel  # noqa: E402
+from diffpipe.models.weights import WeightSource, lazily  # noqa: E402
+
+# Names, lengths and widths of what each family's text encoders give.
+TEXT: dict[str, dict[str, tuple[int, ...]]] = {
+    "chroma": {"text": (512, 4096), "attended": (512,)},
+    "cosmos": {"text": (512, 1024)},
+    "flux": {"text": (512, 4096), "pooled": (768,)},
+    "hunyuan-video": {"text": (256, 4096), "text_mask": (256,), "pooled": (768,)},
+    "ltx-video": {"text": (128, 4096), "attended": (128,)},
+    "lumina2": {"text": (256, 2304), "text_mask": (256,)},
+    "sdxl": {"text": (1, 77, 2048), "pooled": (1280,)},
+    "wan": {"text": (512, 4096)},
+    "wan-i2v": {"text": (512, 4096)},
+}
+CHANNELS = {"sdxl": 4, "ltx-video": 128}  # of latents; 16 for all others
+# The usual resolution (height, width) and frames of each family.
+USUAL: dict[str, tuple[int, int, int]] = {
+    "chroma": (1024, 1024, 1),
+    "cosmos": (704, 1280, 49),
+    "flux": (1024, 1024, 1),
+    "hunyuan-video": (544, 960, 49),
+    "ltx-video": (512, 768, 49),
+    "lumina2": (1024, 1024, 1),
+    "sdxl": (1024, 1024, 1),
+    "wan": (480, 832, 49),
+    "wan-i2v": (480, 832, 49),
+}
+
+
+def make_random(config: Config) -> DiffusionModel:
+    """The family's released model with random weights, made on the GPU where there is one as they are asked for."""
+    family = model_class(config.model.family)
+
+    class Random(family):  # type: ignore[misc, valid-type]
+        def weights(self) -> WeightSource:
+            return WeightSource({n: lazily(s, torch.bfloat16, lambda s=s: _values(s)) for n, s in self.shapes().items()}, Path("random"))
+
+    return Random(config.model, config.objective)
+
+
+def _values(shape: tuple[int, ...]) -> Tensor:
+    """Norm weights near one and small matrices, as in a trained model: depth must not blow activations up."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if len(shape) == 1:
+        return torch.ones(shape, device=device, dtype=torch.bfloat16)
+    return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.01
+
+
+def cached(model: DiffusionModel, height: int, width: int, frames: int, number: int = 0) -> dict[str, Tensor]:
+    """The cached tensors of one sample, as a batch of one."""
+    generator = torch.Generator().manual_seed(number)
+    shape = model.geometry
+    cells = (height // shape.spatial, width // shape.spatial)
+    latent = (CHANNELS.get(model.name, 16), *(((frames - 1) // shape.temporal + 1,) if shape.fps else ()), *cells)
+    batch: dict[str, Tensor] = {"latents": torch.randn((1, *latent), generator=generator)}
+    if model.name == "wan-i2v":
+        batch |= {"condition": torch.randn((1, *latent), generator=generator), "image": torch.randn((1, 257, 1280), generator=generator)}
+    for name, size in TEXT[model.name].items():
+        if name in ("attended", "text_mask"):
+            batch[name] = torch.arange(size[0])[None] < size[0] // 3
+        else:
+            batch[name] = torch.randn((1, *size), generator=generator) * 0.1
+    batch["framing"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    return batch
+
+
+def microbatches(
+    model: DiffusionModel, height: int, width: int, frames: int, count: int, step: int = 0
+) -> list[tuple[dict[str, Any], Any]]:
+    """A step's microbatches of one sample each."""
+    return [model.prepare(cached(model, height, width, frames, step * count + i), [Key(0, step, i, 0)]) for i in range(count)]
