@@ -72,9 +72,8 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=3)
     given = options.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
-    print(
-        "| family | parameters | size | s/step | peak GiB | first loss | build s | export s |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
-    )
+    print("| family | parameters | size | s/step | peak GiB | first loss | build s | export s |")
+    print("|" + " --- |" * 8)
     with tempfile.TemporaryDirectory() as folder:
         for family in given.families:
             print(run(family, given.steps, Path(folder)), flush=True)
