@@ -54,7 +54,8 @@ def make(folder: Path) -> None:
 def _vae() -> Any:
     from diffusers import AutoencoderKLHunyuanVideo
 
-    vae: Any = AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4).eval()
+    shape: dict[str, Any] = {"latent_channels": 4, "block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4}
+    vae: Any = AutoencoderKLHunyuanVideo(**shape).eval()
     with torch.no_grad():
         mode = vae.encode(pictures_for_scale(frames=5)).latent_dist.mode()
     vae.register_to_config(scaling_factor=1 / mode.std().item())
