@@ -93,7 +93,7 @@ def load_component(component: Component, dtype: torch.dtype, blueprint: Blueprin
     raise _nowhere(component)
 
 
-def _nowhere(component: Component, expected: str | None = None) -> CheckpointError:
+def _nowhere(component: Component, expected: str = "") -> CheckpointError:
     return CheckpointError(
         f"nothing says where {component.name} ({component.kind}) lies",
         where="model.files",

@@ -156,4 +156,4 @@ def test_without_a_folder_the_tokenizer_must_be_named() -> None:
         load_component(blueprint["tokenizer"], torch.float32, blueprint)
     assert told.value.found.startswith("nothing says where tokenizer ")
     assert told.value.expected == "a folder with tokenizer.json or spiece.model"
-    assert told.value.fix is not None and told.value.fix.startswith("name it as model.files.tokenizer")
+    assert told.value.fix.startswith("name it as model.files.tokenizer")
