@@ -175,12 +175,15 @@ def check_formats(config: Config, model: DiffusionModel) -> None:
     """Find out before training, not after it, that a format cannot be written.
 
     Raises:
-        DiffpipeError: when a parameter has no original name, or the format cannot hold what is trained.
+        DiffpipeError: when a parameter has no original name, the format cannot hold what is trained, or what comes along is not there.
     """
     formats = config.export.formats
     if config.adapter is None:
         if "kohya" in formats:
             raise ConfigError("kohya names are for adapters", where="export.formats", expected="diffusers or comfyui for whole weights")
+        components = model.components(model.weights().tensors)
+        if "comfyui" in formats:
+            model.single_file(components)
     elif config.adapter.kind == "lokr" and {"comfyui", "kohya"} & set(formats):
         module = model.load_denoiser()
         if joined := joined_layers(model, resolve_targets(model, module, config.adapter)):
@@ -189,5 +192,5 @@ def check_formats(config: Config, model: DiffusionModel) -> None:
                 where="export.formats",
                 fix="export as diffusers, take adapter.kind lora, or take such layers out with adapter.exclude",
             )
-    if {"comfyui", "kohya"} & set(formats):
+    elif {"comfyui", "kohya"} & set(formats):
         model.original_names()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, l
 from diffpipe.models.encoders import Encoders, component_tensors
 from diffpipe.models.ldm import CLIP_G, CLIP_L, UNET, VAE, open_clip_originals, unet_originals, vae_originals
 from diffpipe.models.names import NameMap, Piece, original_names
+from diffpipe.models.unet import Skips, unet_units
 from diffpipe.models.weights import WeightSource
 
 ENCODERS = ("text_encoder", "text_encoder_2")
@@ -180,9 +181,9 @@ class SDXL(DiffusionModel):
 
     @cached_property
     def spec(self) -> StageSpec:  # pyright: ignore[reportIncompatibleVariableOverride] - follows from the config
-        units = tuple(unet_units(self.denoiser_config))
+        units = tuple(f"unet.{unit}" for unit in unet_units(self.denoiser_config))
         carry = (*self.trained[1:], "unet.time_embedding", "unet.add_embedding", "unet.conv_in")
-        return StageSpec(units, carry, post=("unet.conv_norm_out", "unet.conv_out"), live=Live(last_use_of_skips(units)))
+        return StageSpec(units, carry, post=("unet.conv_norm_out", "unet.conv_out"), live=Skips.of(units))
 
     def make_module(self) -> nn.Module:
         from transformers import CLIPTextConfig
@@ -205,6 +206,40 @@ class SDXL(DiffusionModel):
         """The tensors of a text encoder under the names of its class, which for the first lack the ``text_model.`` that files have."""
         held = component_tensors(self.blueprint[name])
         return held if name == "text_encoder_2" else {n.removeprefix("text_model."): t for n, t in held.items()}
+
+    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        known = self.blueprint[self.component].config
+        first = [1 + level * (known["layers_per_block"] + 1) for level in range(len(known["block_out_channels"]))]
+        widths = [shapes[f"input_blocks.{number}.0.out_layers.3.weight"][0] for number in first]
+        head = known["block_out_channels"][0] // known["attention_head_dim"][0]
+        return {
+            "in_channels": shapes["input_blocks.0.0.weight"][1],
+            "block_out_channels": widths,
+            "attention_head_dim": [width // head for width in widths],
+            "transformer_layers_per_block": [max(1, layers(shapes, f"input_blocks.{n}.1.transformer_blocks.")) for n in first],
+            "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
+            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+        }
+
+    def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
+        clean = batch["latents"].float()
+        _, _, height, width = clean.shape
+        step = step_of(timesteps(keys, self.objective, tokens=height // 2 * (width // 2)))
+        e = noise(keys, clean.shape[1:])
+        inputs = {"sample": mix(clean, e, step, self.zero_terminal_snr), "timestep": step, "time_ids": batch["framing"].float()}
+        if self.config.train_text_encoders:
+            inputs["tokens"] = batch["tokens"]
+        else:
+            inputs |= {"text": batch["text"].float().flatten(1, 2), "pooled": batch["pooled"].float()}
+        target = e if self.prediction == "epsilon" else velocity(clean, e, step, self.zero_terminal_snr)
+        weights = loss_weights(
+            step,
+            self.prediction,
+            zero_terminal_snr=self.zero_terminal_snr,
+            min_snr=self.objective.min_snr,
+            debiased=self.objective.debiased,
+        )
+        return inputs, [(target, None if weights is None else weights.view(-1, 1, 1, 1))]
 
     # -- names of other programs -----------------------------------------------------------------------------------
 
@@ -250,8 +285,12 @@ class SDXL(DiffusionModel):
         }
 
     def folder_config(self, component: str) -> dict[str, Any]:
+        if component == self.component:
+            return super().folder_config(component)
         part = self.blueprint[component]
-        return super().folder_config(component) if component == self.component else {**part.config, "architectures": [part.kind]}
+        # Without the type that the base was in, the library loads the weights in their own.
+        told = {key: value for key, value in part.config.items() if key not in ("dtype", "torch_dtype")}
+        return {**told, "architectures": [part.kind]}
 
     def single_file(self, components: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """UNet, VAE and both text encoders; what was not trained is as the base has it."""
@@ -265,40 +304,6 @@ class SDXL(DiffusionModel):
             CLIP_G: open_clip_originals(second),
         }
         return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
-
-    def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        known = self.blueprint[self.component].config
-        first = [1 + level * (known["layers_per_block"] + 1) for level in range(len(known["block_out_channels"]))]
-        widths = [shapes[f"input_blocks.{number}.0.out_layers.3.weight"][0] for number in first]
-        head = known["block_out_channels"][0] // known["attention_head_dim"][0]
-        return {
-            "in_channels": shapes["input_blocks.0.0.weight"][1],
-            "block_out_channels": widths,
-            "attention_head_dim": [width // head for width in widths],
-            "transformer_layers_per_block": [max(1, layers(shapes, f"input_blocks.{n}.1.transformer_blocks.")) for n in first],
-            "cross_attention_dim": shapes["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
-            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
-        }
-
-    def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
-        clean = batch["latents"].float()
-        _, _, height, width = clean.shape
-        step = step_of(timesteps(keys, self.objective, tokens=height // 2 * (width // 2)))
-        e = noise(keys, clean.shape[1:])
-        inputs = {"sample": mix(clean, e, step, self.zero_terminal_snr), "timestep": step, "time_ids": batch["framing"].float()}
-        if self.config.train_text_encoders:
-            inputs["tokens"] = batch["tokens"]
-        else:
-            inputs |= {"text": batch["text"].float().flatten(1, 2), "pooled": batch["pooled"].float()}
-        target = e if self.prediction == "epsilon" else velocity(clean, e, step, self.zero_terminal_snr)
-        weights = loss_weights(
-            step,
-            self.prediction,
-            zero_terminal_snr=self.zero_terminal_snr,
-            min_snr=self.objective.min_snr,
-            debiased=self.objective.debiased,
-        )
-        return inputs, [(target, None if weights is None else weights.view(-1, 1, 1, 1))]
 
 
 def chunked(caption: str, tokenizers: Sequence[Any]) -> Tensor:
@@ -333,48 +338,3 @@ def _in_file(component: str, name: str) -> str:
 def _within(component: str, names: Mapping[str, Any]) -> dict[str, Any]:
     """What has a component's name before it, without that."""
     return {n.removeprefix(f"{component}."): value for n, value in names.items() if n.startswith(f"{component}.")}
-
-
-@dataclass(frozen=True)
-class Live:
-    """Which units' outputs cross the border before unit ``border``: the newest, and those that a resnet beyond it takes.
-
-    Attributes:
-        takers: as ``last_use_of_skips`` gives them.
-    """
-
-    takers: Mapping[int, int]
-
-    def __call__(self, border: int) -> tuple[int, ...]:
-        return (*(i for i in range(border - 1) if self.takers.get(i, -1) >= border), border - 1)
-
-
-def unet_units(config: Mapping[str, Any]) -> Iterator[str]:
-    """Resnets, attentions and samplers of a UNet in the order its ``forward`` calls them."""
-    deepest = len(config["block_out_channels"]) - 1
-    for side, count in (("down", config["layers_per_block"]), ("up", config["layers_per_block"] + 1)):
-        for level, kind in enumerate(config[f"{side}_block_types"]):
-            block = f"unet.{side}_blocks.{level}"
-            for i in range(count):
-                yield f"{block}.resnets.{i}"
-                if "CrossAttn" in kind:
-                    yield f"{block}.attentions.{i}"
-            if level < deepest:
-                yield f"{block}.{side}samplers.0"
-        if side == "down":
-            yield from ("unet.mid_block.resnets.0", "unet.mid_block.attentions.0", "unet.mid_block.resnets.1")
-
-
-def last_use_of_skips(units: Sequence[str]) -> dict[int, int]:
-    """Units whose outputs skip ahead, each with the resnet on the way up that takes it.
-
-    On the way down the output of every resnet (of the attention after it, where one is) and of every downsampler is kept after
-    ``conv_in``'s; each resnet on the way up takes the newest that is left.
-    """
-    kept = [
-        i
-        for i, unit in enumerate(units)
-        if unit.startswith("unet.down_blocks.") and (".resnets." not in unit or ".attentions." not in units[i + 1])
-    ]
-    takers = [i for i, unit in enumerate(units) if unit.startswith("unet.up_blocks.") and ".resnets." in unit]
-    return dict(zip(reversed(kept), takers, strict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from diffpipe.config.schema import Config
+from diffpipe.errors import CheckpointError
 from diffpipe.export.files import write_safetensors
-from diffpipe.export.run import export_tensors
+from diffpipe.export.run import check_formats, export_tensors
 from diffpipe.models.adapters import adapter_tensors
 from diffpipe.models.weights import open_files
 from tests.export.tiny import MakeConfig, model_of, output_of, trained
@@ -134,3 +136,14 @@ def test_diffpipe_reads_every_component_of_its_own_checkpoint(make_config: MakeC
     for name, tensor in expected.items():
         same = torch.allclose(got[name], tensor, rtol=1e-5, atol=1e-5)
         assert same != (encoders and name in ("text", "pooled")), name
+
+
+@pytest.mark.parametrize("lacking", ["vae/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors"])
+def test_what_the_whole_checkpoint_lacks_is_told_before_training(make_config: MakeConfig, tmp_path: Path, lacking: str) -> None:
+    config = make_config("sdxl", export={"formats": ["comfyui"]})
+    check_formats(config, model_of(config))
+    copy = shutil.copytree(str(config.model.path), tmp_path / "sdxl")
+    (Path(copy) / lacking).unlink()
+    poor = config.model_copy(update={"model": config.model.model_copy(update={"path": str(copy)})})
+    with pytest.raises(CheckpointError, match=lacking.partition("/")[2]):
+        check_formats(poor, model_of(poor))
