@@ -28,7 +28,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.models.blueprint import shipped
 from diffpipe.models.encoders import load_component
 from diffpipe.models.ldm import open_clip_originals, vae_originals
-from diffpipe.models.names import original_names
+from diffpipe.models.names import original_names, to_original
 from diffpipe.models.sdxl import SDXL, chunked
 from diffpipe.pipeline.stage import sum_errors
 from tests.families import drawn, encoded, encoders_of, with_weights
@@ -174,6 +174,26 @@ def test_the_released_vae_and_second_encoder_have_original_names_that_diffusers_
     assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in released["vae"].items()}
     again = convert_open_clip_checkpoint(None, dict(encoder), prefix="")
     assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in released["text_encoder_2"].items()}
+
+
+def test_one_file_is_every_component_and_tells_the_unets_size(tmp_path: Path) -> None:
+    size = {
+        "block_out_channels": [64, 128, 128],
+        "attention_head_dim": [1, 2, 2],
+        "transformer_layers_per_block": [1, 1, 2],
+        "cross_attention_dim": 32,
+        "projection_class_embeddings_input_dim": 6 * 256 + 16,
+    }
+    weights = diffusers.UNet2DConditionModel.from_config(shipped("sdxl")["unet"].config | size).state_dict()
+    named = {f"model.diffusion_model.{n}": t for n, t in to_original(weights, original_names(SDXL.originals, weights)).items()}
+    file = tmp_path / "sd_xl.safetensors"
+    save_file({**named, "first_stage_model.quant_conv.bias": torch.zeros(8), "denoiser.sigmas": torch.zeros(1000)}, file)
+    model = make_model(ModelConfig(family="sdxl", path=str(file)), ObjectiveConfig())
+    assert {name: component.file for name, component in model.blueprint.items()} == dict.fromkeys(shipped("sdxl"), file)
+    assert size.items() <= model.denoiser_config.items()
+    read = model.weights()
+    assert read.names() == {f"unet.{n}" for n in weights}
+    assert all(torch.equal(read.read(f"unet.{n}"), t) for n, t in weights.items())
 
 
 # -- trained text encoders -----------------------------------------------------------------------------------------------
