@@ -38,7 +38,7 @@ CASES = {
 }
 
 
-def run(name: str, steps: int, extra: dict) -> dict[str, float]:
+def run(name: str, steps: int, extra: dict, profile: bool) -> dict[str, float]:
     """One case in this process."""
     from diffpipe.optim import make_optimizer, set_rates
     from diffpipe.pipeline.build import build
@@ -75,6 +75,11 @@ def run(name: str, steps: int, extra: dict) -> dict[str, float]:
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
             print(f"  step {step}: {times[-1]:.3f} s, loss {losses[-1]:.5f}", flush=True)
+        if profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                pipeline.train(microbatches(model, height, width, frames, count))
+                torch.cuda.synchronize()
+            print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=70), file=sys.stderr)
         stream, offload = pipeline.memory.stream, pipeline.memory.offload
         return {
             "seconds": statistics.median(times[2:]),
@@ -91,11 +96,12 @@ def main() -> None:
     options.add_argument("cases", nargs="*", default=list(CASES))
     options.add_argument("--steps", type=int, default=6)
     options.add_argument("--set", action="append", default=[], help="a key of the memory section, as JSON: room=2000")
+    options.add_argument("--profile", action="store_true", help="print where a step's time goes on the device")
     options.add_argument("--here", action="store_true", help="run in this process and print JSON")
     given = options.parse_args()
     extra = {k: json.loads(v) for k, _, v in (s.partition("=") for s in given.set)}
     if given.here:
-        print(json.dumps(run(given.cases[0], given.steps, extra)))
+        print(json.dumps(run(given.cases[0], given.steps, extra, given.profile)))
         return
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.cases:
@@ -108,7 +114,10 @@ def main() -> None:
             f"--steps={given.steps}",
             *(f"--set={s}" for s in given.set),
         ]
+        arguments += ["--profile"] if given.profile else []
         done = subprocess.run(arguments, capture_output=True, text=True)
+        if given.profile:
+            print("\n".join(line for line in done.stderr.splitlines() if "|" not in line)[-6000:], flush=True)
         if done.returncode:
             print(f"{name:22} failed: {done.stderr.strip().splitlines()[-1]}\n{done.stderr[-1500:]}", flush=True)
             continue

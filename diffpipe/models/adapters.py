@@ -63,6 +63,7 @@ def attach(module: nn.Module, ranks: Mapping[str, int], config: AdapterConfig, d
     The module may lie on meta; ``initialise`` gives the adapters their values after the cut.
     """
     from peft import inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     module.requires_grad_(False)
     with torch.device("meta"):
@@ -70,6 +71,10 @@ def attach(module: nn.Module, ranks: Mapping[str, int], config: AdapterConfig, d
     for name, parameter in module.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.to(dtype)
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer):
+            # peft would bring activations to the adapter's type before autocast brings them back to the one they had.
+            layer.cast_input_dtype_enabled = False
 
 
 def _peft_config(ranks: Mapping[str, int], config: AdapterConfig) -> Any:
