@@ -19,7 +19,9 @@ def inspect_command(config: Path, overrides: list[str], output: Path | None, dec
     quiet_libraries()
     from rich.console import Console
 
+    from diffpipe.config.schema import MeshConfig
     from diffpipe.inspection import contact_sheets, decoded_sheets, survey
+    from diffpipe.pipeline.mesh import open_mesh
     from diffpipe.toy import materialize
 
     loaded = materialize(loaded)
@@ -29,8 +31,9 @@ def inspect_command(config: Path, overrides: list[str], output: Path | None, dec
         show(found, console)
         for path in contact_sheets(found, folder):
             console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
-        if decode:
-            for path in decoded_sheets(found, loaded, folder):
+    if decode:
+        with open_mesh(MeshConfig()) as mesh:
+            for path in decoded_sheets(loaded, folder, mesh.device):
                 console.print(f"  {path}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -38,11 +41,14 @@ def show(survey: Survey, console) -> None:
     """One set's buckets, captions and what is left out."""
     from rich.table import Table
 
-    table = Table(title=f"{survey.name}: {len(survey.samples)} samples, {survey.steps} steps in the first epoch", title_justify="left")
-    for head in ("frames x height x width", "samples", "shown an epoch", "steps", "left for the next epoch"):
+    trained = survey.steps > 0
+    title = f"{survey.name}: {len(survey.samples)} samples" + (f", {survey.steps} steps in the first epoch" if trained else "")
+    table = Table(title=title, title_justify="left")
+    for head in ("frames x height x width", "samples", *(("shown an epoch", "steps", "left for the next epoch") if trained else ())):
         table.add_column(head, justify="right")
     for row in survey.buckets:
-        table.add_row(str(row.bucket), str(row.samples), str(row.shown), str(row.steps), str(row.leftover))
+        more = (row.shown, row.steps, row.leftover) if trained else ()
+        table.add_row(str(row.bucket), str(row.samples), *map(str, more))
     console.print(table)
     for line in survey.caption_lines():
         console.print(f"  {line}", markup=False, highlight=False)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+import torch
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from diffpipe.config.schema import Config, FolderBase
 from diffpipe.data import images, media
 from diffpipe.data.buckets import Bucket
+from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Sample
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.scan import Dropped, Remembered
-from diffpipe.encode import cache_folder, look, place
+from diffpipe.encode import cache_folder, look, place, prepare_data
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 
+TRAIN = "train"
 PER_SHEET = 24
 CELL = (220, 260)  # width and height of a picture's place on a sheet, its name included
 ROWS = 6
@@ -38,9 +42,9 @@ class BucketRow:
 
     bucket: Bucket
     samples: int
-    shown: int
-    steps: int
-    leftover: int
+    shown: int = 0
+    steps: int = 0
+    leftover: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Survey:
     """What one set of folders holds.
 
     Attributes:
+        buckets: with what an epoch does with them, where the set is trained on.
         words: of each sample's first caption.
         captionless: names of files without a caption.
         fps: rate that clips are taken at, None where the family takes none.
@@ -81,8 +86,7 @@ def survey(config: Config) -> list[Survey]:
         DiffpipeError: when a folder is missing or holds no media.
     """
     model = make_model(config.model, config.objective)
-    sets = [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]
-    return [_survey(name, folders, config, model) for name, folders in sets]
+    return [_survey(name, folders, config, model) for name, folders in _sets(config)]
 
 
 def _survey(name: str, folders: list[FolderBase], config: Config, model: DiffusionModel) -> Survey:
@@ -94,14 +98,14 @@ def _survey(name: str, folders: list[FolderBase], config: Config, model: Diffusi
         name=name,
         fps=model.geometry.fps,
         samples=samples,
-        buckets=_rows(samples, config),
+        buckets=_epoch(samples, config) if name == TRAIN else [BucketRow(b, len(held)) for b, held in _by_bucket(samples)],
         dropped=found.dropped + misplaced,
         captionless=[f.name for f in found.captionless],
         words=[len(s.captions[0].split()) for s in samples],
     )
 
 
-def _rows(samples: list[Sample], config: Config) -> list[BucketRow]:
+def _epoch(samples: list[Sample], config: Config) -> list[BucketRow]:
     if not samples:
         return []
     sampler = StepSampler(
@@ -125,16 +129,56 @@ def contact_sheets(survey: Survey, folder: Path) -> list[Path]:
         folder: where ``SET-BUCKET.jpg`` go.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_bucket: dict[Bucket, list[Sample]] = defaultdict(list)
-    for sample in survey.samples:
-        by_bucket[sample.bucket].append(sample)
     paths = []
-    for bucket, samples in sorted(by_bucket.items()):
-        step = max(1, len(samples) // PER_SHEET)
-        path = folder / f"{survey.name}-{bucket}.jpg"
-        sheet([(_framed(s, survey.fps), _title(s)) for s in samples[::step][:PER_SHEET]]).save(path, quality=90)
-        paths.append(path)
+    for bucket, samples in _by_bucket(survey.samples):
+        paths.append(folder / f"{survey.name}-{bucket}.jpg")
+        sheet([(_framed(s, survey.fps), _title(s)) for s in _spread(samples, PER_SHEET)]).save(paths[-1], quality=90)
     return paths
+
+
+def decoded_sheets(config: Config, folder: Path, device: torch.device) -> list[Path]:
+    """A picture for each bucket with what its latents hold, decoded; of clips their first, middle and last frame.
+
+    What the cache lacks is encoded first, as training would.
+
+    Args:
+        folder: where ``SET-BUCKET-decoded.jpg`` go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_model(config.model, config.objective)
+    held = [(name, prepare_data(config, model, folders, device=device)[0].entries) for name, folders in _sets(config)]
+    encoders = model.load_encoders(device)
+    cache = Cache(cache_folder(config))
+    paths = []
+    for name, entries in held:
+        for bucket, samples in _by_bucket(entries):
+            cells = []
+            if bucket.frames > 1 and hasattr(encoders.vae, "enable_tiling"):
+                encoders.vae.enable_tiling()  # a whole clip at once may not fit
+            for sample in _spread(samples, PER_SHEET if bucket.frames == 1 else PER_SHEET // 3):
+                with torch.inference_mode():
+                    pixels = model.decode_media(encoders, cache[sample.media]["latents"][None])[0]
+                shown = sorted({0, pixels.shape[1] // 2, pixels.shape[1] - 1})
+                cells += [(to_picture(pixels[:, f]), f"{_title(sample)}\nframe {f}" if f else _title(sample)) for f in shown]
+            paths.append(folder / f"{name}-{bucket}-decoded.jpg")
+            sheet(cells).save(paths[-1], quality=90)
+    return paths
+
+
+def _sets(config: Config) -> list[tuple[str, list[FolderBase]]]:
+    return [(TRAIN, [*config.data.folders]), *((s.name, [*s.folders]) for s in config.eval.sets)]
+
+
+def _by_bucket(samples: Sequence[Sample]) -> list[tuple[Bucket, list[Sample]]]:
+    found: dict[Bucket, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        found[sample.bucket].append(sample)
+    return sorted(found.items())
+
+
+def _spread(samples: list[Sample], most: int) -> list[Sample]:
+    """At most so many of them, from the first to near the last."""
+    return samples[:: -(-len(samples) // most)]
 
 
 def sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:
@@ -145,11 +189,10 @@ def sheet(cells: list[tuple[Image.Image, str]]) -> Image.Image:
     pen = ImageDraw.Draw(whole)
     for i, (picture, title) in enumerate(cells):
         left, top = i % columns * CELL[0], i // columns * CELL[1]
-        small = picture.copy()
-        small.thumbnail((CELL[0] - 10, CELL[1] - 44), Image.Resampling.LANCZOS)
+        small = ImageOps.contain(picture, (CELL[0] - 10, CELL[1] - 54), Image.Resampling.LANCZOS)
         whole.paste(small, (left + (CELL[0] - small.width) // 2, top + 4))
-        for line, text in enumerate(title.splitlines()[:2]):
-            pen.text((left + 6, top + CELL[1] - 36 + 15 * line), text, fill="black")
+        for line, text in enumerate(title.splitlines()[:3]):
+            pen.text((left + 6, top + CELL[1] - 46 + 15 * line), text, fill="black")
     return whole
 
 
@@ -159,10 +202,10 @@ def _framed(sample: Sample, fps: float | None) -> Image.Image:
     picture = _first_frame(sample, fps)
     box = images.crop_of(width, height, (sample.bucket.width, sample.bucket.height))
     scale = picture.width / width
-    inner = tuple(round(v * scale) for v in box)
+    left, top, right, bottom = (round(v * scale) for v in box)
     dimmed = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.6)
-    dimmed.paste(picture.crop(inner), inner[:2])
-    ImageDraw.Draw(dimmed).rectangle((inner[0], inner[1], inner[2] - 1, inner[3] - 1), outline=(230, 30, 30), width=3)
+    dimmed.paste(picture.crop((left, top, right, bottom)), (left, top))
+    ImageDraw.Draw(dimmed).rectangle((left, top, right - 1, bottom - 1), outline=(230, 30, 30), width=3)
     return dimmed
 
 
@@ -171,13 +214,12 @@ def _first_frame(sample: Sample, fps: float | None) -> Image.Image:
     small = min(1.0, 640 / max(width, height))
     size = Bucket(1, max(1, round(height * small)), max(1, round(width * small)))
     pixels = media.read(sample.file, size, None if sample.start is None else fps, sample.start or 0.0)
-    return to_picture(pixels)
+    return to_picture(pixels[:, 0])
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """The first frame of C F H W pixels in [-1, 1]."""
-    frame = pixels[:, 0].clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
-    return Image.fromarray(frame.numpy())
+    """Pixels C H W, held to [-1, 1]."""
+    return Image.fromarray(pixels.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def _title(sample: Sample) -> str:

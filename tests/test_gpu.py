@@ -7,32 +7,56 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from diffpipe.models import MODELS
-from tests.test_train import arguments, losses
+from tests.pipeline.test_memory import POLICIES, steps_of
+from tests.pipeline.test_memory import config_of as config_with
+from tests.runs_program import config_of
+from tests.test_train import losses
 
 World = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.gpu
 
 
+def lora_run(world: World, family: str, folder: Path, name: str, **changes: dict[str, object]) -> list[float]:
+    """The losses of a LoRA run in a process of its own; ``changes`` add to sections of its config."""
+    raw = config_of(family, "lora", folder, 1).model_dump(mode="json", exclude_unset=True)
+    raw["output_dir"] = str(folder / name)
+    for section, keys in changes.items():
+        raw[section] = {**raw.get(section, {}), **keys}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
+    return losses(world(1, "-m", "diffpipe", "train", folder / f"{name}.yaml").stdout)
+
+
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_the_gpu_trains_as_the_cpu_does(world: World, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu = world(1, *arguments(family, tmp_path / "gpu", **{"mesh.stages": 1}))
+    on_gpu = lora_run(world, family, tmp_path, "gpu")
+    rounded = lora_run(world, family, tmp_path, "bfloat16", model={"dtype": "bfloat16"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    on_cpu = world(1, *arguments(family, tmp_path / "cpu", **{"mesh.stages": 1}))
-    assert "device" in next(line for line in on_gpu.stdout.splitlines() if line.startswith("step 4"))
-    assert losses(on_gpu.stdout) == pytest.approx(losses(on_cpu.stdout), rel=1e-3)
+    on_cpu = lora_run(world, family, tmp_path, "cpu")
+    assert len(on_cpu) == 3
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
+    assert rounded == pytest.approx(on_cpu, rel=0.05)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-@pytest.mark.parametrize("family", sorted(MODELS))
-def test_bfloat16_stays_near_float32(world: World, tmp_path: Path, family: str, optimizer: str) -> None:
-    if optimizer == "adamw8bit":
-        pytest.importorskip("bitsandbytes")
-    more = {"mesh.stages": 1, "optimizer.kind": optimizer}
-    exact = world(1, *arguments(family, tmp_path / "float32", **more))
-    rounded = world(1, *arguments(family, tmp_path / "bfloat16", **more, **{"model.dtype": "bfloat16"}))
-    assert losses(rounded.stdout) == pytest.approx(losses(exact.stdout), rel=0.05)
+def test_8_bit_adamw_stays_near_float32(world: World, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    exact = lora_run(world, "flux", tmp_path, "exact")
+    assert lora_run(world, "flux", tmp_path, "bits", optimizer={"kind": "adamw8bit"}) == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("family", ["flux", "sdxl", "wan"])
+def test_copies_beside_the_computation_change_no_number(toys: Callable[[str], Path], family: str, policy: str) -> None:
+    plain = steps_of(config_with(family, toys(family), {"rank": 4}, {"recompute": "none"}))
+    got = steps_of(config_with(family, toys(family), {"rank": 4}, POLICIES[policy]))
+    for (loss, gradients, evaluated), (want, wanted, held) in zip(got, plain, strict=True):
+        assert (loss, evaluated) == pytest.approx((want, held), rel=1e-5)
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_gradients_are_finite_at_the_length_where_cudnn_attention_fails(world: World) -> None:

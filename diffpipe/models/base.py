@@ -173,6 +173,20 @@ class DiffusionModel(ABC):
         """Embeddings of ``captions`` at the family's fixed text length, first dim len(captions); where the length differs, a
         list of one tensor each, which ``align`` makes stackable."""
 
+    def decode_media(self, encoders: Encoders, latents: Tensor) -> Tensor:
+        """Pixels B C F H W, about in [-1, 1], of ``latents`` as ``encode_media`` gives them, for a person to look at."""
+        vae = encoders.vae
+        pixels = self.decode(vae, self.denormalise(vae, latents.to(encoders.device, vae.dtype))).float().cpu()
+        return pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        """Latents as the VAE gave them, from those that ``encode_media`` made of them."""
+        return latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """What the VAE makes of its own latents."""
+        return vae.decode(latents, return_dict=False)[0]
+
     def identity(self, role: str) -> str:
         """What the tensors of a role ("media" or "text") depend on besides the sample: the encoders' weights
         and configs by content, the type of computation, and ``encoding``, the version of the code here."""

@@ -84,17 +84,31 @@ class Cosmos(DiffusionModel):
 
         A picture is a first frame, as in diffusers' pipeline and in ComfyUI; NVIDIA's own code has other statistics for pictures.
         """
-        frames, config = pixels.shape[2], encoders.vae.config
+        frames = pixels.shape[2]
         if frames != self.geometry.frames(frames):
             raise ValueError(f"{frames} frames: Cosmos takes 8 k + 1")
         latents = encoders.vae.encode(pixels.to(encoders.device, encoders.vae.dtype)).latent_dist.mode()
-        statistics = (config.latents_mean, config.latents_std)
-        mean, std = (torch.tensor(s, device=latents.device).view(1, config.latent_channels, -1, 1, 1) for s in statistics)
+        mean, std = self._statistics(encoders.vae, latents)
+        return {"latents": ((latents - mean) / std * DATA).float().cpu()}
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = self._statistics(vae, latents)
+        return latents / DATA * std + mean
+
+    def _statistics(self, vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel of each of the ``latents``' frames, 1 C f 1 1."""
         count = latents.shape[2]
-        if count > mean.shape[2]:
-            most = self.geometry.temporal * (mean.shape[2] - 1) + 1
-            raise ValueError(f"{frames} frames: Cosmos' VAE knows the statistics of the first {most} only")
-        return {"latents": ((latents - mean[:, :, :count]) / std[:, :, :count] * DATA).float().cpu()}
+        most = len(vae.config.latents_mean) // vae.config.latent_channels
+        if count > most:
+            raise ValueError(
+                f"{self.geometry.temporal * (count - 1) + 1} frames: Cosmos' VAE knows the statistics of the first "
+                f"{self.geometry.temporal * (most - 1) + 1} only"
+            )
+        mean, std = (
+            torch.tensor(s, device=latents.device).view(1, vae.config.latent_channels, -1, 1, 1)[:, :, :count]
+            for s in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return mean, std
 
     def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
         """``text`` L D from T5, zero beyond the caption, at most 512 tokens."""

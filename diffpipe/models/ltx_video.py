@@ -69,8 +69,17 @@ class LTXVideo(DiffusionModel):
             raise ValueError(f"{frames} frames: LTX-Video takes 8 k + 1")
         vae = encoders.vae
         mode = vae.encode(pixels.to(encoders.device, vae.dtype)).latent_dist.mode()
-        mean, std = (s.view(1, -1, 1, 1, 1).to(mode) for s in (vae.latents_mean, vae.latents_std))
+        mean, std = statistics(vae, mode)
         return {"latents": ((mode - mean) * vae.config.scaling_factor / std).float().cpu()}
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = statistics(vae, latents)
+        return latents * std / vae.config.scaling_factor + mean
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        # The later decoders take out what noise is left at a timestep; cached latents have none.
+        at = torch.zeros(len(latents), device=latents.device, dtype=latents.dtype) if vae.config.timestep_conditioning else None
+        return vae.decode(latents, at, return_dict=False)[0]
 
     def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
         """``text`` L D from T5 (at most 128 tokens, padded), ``attended`` L: true for the caption's tokens."""
@@ -139,6 +148,12 @@ def vae_config(config: dict[str, Any], names: Collection[str]) -> dict[str, Any]
         return config
     released = shipped("ltx-video")["vae"].config
     return released if later else {**released, **EARLIER_ENCODER, **(DECODER_091 if timed else DECODER_090)}
+
+
+def statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the VAE's latents, 1 C 1 1 1, where and as ``latents`` are."""
+    mean, std = (s.view(1, -1, 1, 1, 1).to(latents) for s in (vae.latents_mean, vae.latents_std))
+    return mean, std
 
 
 def pack(latents: Tensor) -> Tensor:

@@ -66,8 +66,12 @@ class Wan(DiffusionModel):
             raise ValueError(f"{frames} frames: Wan's VAE would drop the last {frames - self.geometry.frames(frames)} of them")
         vae = encoders.vae
         mode = vae.encode(pixels.to(encoders.device, vae.dtype)).latent_dist.mode()
-        mean, std = (torch.tensor(v, device=mode.device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        mean, std = statistics(vae, mode.device)
         return {"latents": ((mode - mean) / std).float().cpu()}
+
+    def denormalise(self, vae: Any, latents: Tensor) -> Tensor:
+        mean, std = statistics(vae, latents.device)
+        return latents * std + mean
 
     def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> dict[str, Tensor]:
         """``text`` L D from UMT5, zero beyond the caption, at most 512 tokens."""
@@ -97,3 +101,9 @@ class Wan(DiffusionModel):
         e = noise(keys, clean.shape[1:])
         inputs = {"hidden_states": mix(clean, e, t), "timestep": 1000 * t, "encoder_hidden_states": batch["text"].float()}
         return inputs, [(e - clean, None)]
+
+
+def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel of the VAE's latents, 1 C 1 1 1."""
+    mean, std = (torch.tensor(v, device=device).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
