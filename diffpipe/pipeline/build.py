@@ -34,7 +34,8 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     whole, spans = outline(config, model)
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
-    twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans]
+    # What crosses this rank's borders follows from the parts before them; nothing crosses behind the last.
+    twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans[:-1][: mesh.stage + 1]]
     for twin in twins:
         fakes.fill(twin)
     probe = Probe(twins, fakes, precision, model.spec.lengths)

@@ -337,10 +337,10 @@ class Border:
 
 
 class Probe:
-    """Finds what crosses every border for given inputs, from one run of all parts on fake tensors.
+    """Finds what crosses borders for given inputs, from one run of the parts before them on fake tensors.
 
     Args:
-        parts: every part of the model in order, filled by ``Fakes.fill``.
+        parts: the model's first parts in order, filled by ``Fakes.fill``.
         fakes: the mode that the parts' tensors belong to.
         precision: makes the context the real parts run in (autocast).
         lengths: as in the model's ``StageSpec``.
@@ -357,7 +357,7 @@ class Probe:
         self.seen: dict[Any, list[Border]] = {}
 
     def borders(self, inputs: dict[str, Any]) -> list[Border]:
-        """One border per part, the last being the model's output; with gradients as autograd is set now."""
+        """What leaves each part; with gradients as autograd is set now."""
         leaves, tree = tree_flatten(inputs)
         signature = (tree, signature_of(leaves), torch.is_grad_enabled())
         if signature not in self.seen:

@@ -17,6 +17,7 @@ from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.stage import Stage, StepInputs
 
 Microbatches = list[tuple[dict[str, Any], Targets]]
+NOTHING = Border((), None, ())
 
 
 class Pipeline:
@@ -63,14 +64,15 @@ class Pipeline:
     def _run(self, microbatches: Microbatches, run: Callable[..., Any]) -> Tensor:
         mesh, last = self.mesh, self.mesh.stage == self.mesh.stages - 1
         borders = self.probe.borders(microbatches[0][0])
-        before = borders[mesh.stage - 1] if mesh.stage else Border((), None, ())
+        before = borders[mesh.stage - 1] if mesh.stage else NOTHING
+        after = NOTHING if last else borders[mesh.stage]
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
-        self.stage.inputs = StepInputs(moved, before.layout, before.ragged, borders[mesh.stage].ragged, unused)
+        self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
         count = len(microbatches)
         kind = Schedule1F1B if count >= mesh.stages else ScheduleGPipe
         # scale_grads would divide what earlier steps left in .grad; the loss divides itself.
-        schedule = kind(self._torch_stage(borders), count, loss_fn=self.stage.loss, scale_grads=False)
+        schedule = kind(self._torch_stage(before, after), count, loss_fn=self.stage.loss, scale_grads=False)
         numbers = torch.arange(count)
         losses: list[Tensor] = []
         self.memory.begin((torch.is_grad_enabled(), count))
@@ -81,19 +83,16 @@ class Pipeline:
             return torch.zeros((), device=mesh.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
 
-    def _torch_stage(self, borders: list[Border]) -> PipelineStage:
-        mesh = self.mesh
-        arriving = borders[mesh.stage - 1].tensors if mesh.stage else ()
-        leaving: tuple[Tensor, ...] = borders[mesh.stage].tensors
-        alone = mesh.stage == mesh.stages - 1 and len(leaving) == 1
+    def _torch_stage(self, before: Border, after: Border) -> PipelineStage:
+        # torch wants to know of some output; it does not look at the last stage's.
         return PipelineStage(
             self.stage,
-            mesh.stage,
-            mesh.stages,
-            mesh.device,
-            input_args=arriving,
-            output_args=next(iter(leaving)) if alone else leaving,
-            group=mesh.stage_group,
+            self.mesh.stage,
+            self.mesh.stages,
+            self.mesh.device,
+            input_args=before.tensors,
+            output_args=after.tensors or torch.empty(0, device="meta"),
+            group=self.mesh.stage_group,
         )
 
 
