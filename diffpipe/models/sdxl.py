@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import ModelConfig, ObjectiveConfig
 from diffpipe.ddpm import Prediction, loss_weights, mix, step_of, velocity
-from diffpipe.errors import ConfigError
+from diffpipe.errors import CheckpointError, ConfigError
 from diffpipe.flow import Key, noise, timesteps
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders, component_tensors
@@ -143,6 +143,20 @@ class SDXL(DiffusionModel):
     @property
     def trained(self) -> tuple[str, ...]:
         return (self.component, *ENCODERS) if self.config.train_text_encoders else (self.component,)
+
+    def _check_family(self, config: Mapping[str, Any], origin: str) -> None:
+        """Other Stable Diffusions have the same class: only SDXL's UNet is told sizes, and its refiner's one number fewer."""
+        told, wanted = config.get("addition_embed_type"), f"the UNet of {self.title}"
+        if told != "text_time":
+            raise CheckpointError(
+                f"holds the UNet of an older Stable Diffusion (addition_embed_type is {told})",
+                where=origin,
+                expected=f"{wanted} (text_time)",
+                fix="change model.path",
+            )
+        pooled = config["projection_class_embeddings_input_dim"] - 5 * config["addition_time_embed_dim"]
+        if pooled == config["cross_attention_dim"]:
+            raise CheckpointError("holds the UNet of the SDXL refiner", where=origin, expected=wanted, fix="change model.path")
 
     # -- act one ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import CLIPTextConfig
 
 from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
 from diffpipe.data.dataset import stack
-from diffpipe.errors import ConfigError
+from diffpipe.errors import CheckpointError, ConfigError
 from diffpipe.flow import Key, noise, timesteps
 from diffpipe.models import make_model
 from diffpipe.models.adapter_files import name_adapter, read_adapter
@@ -197,6 +199,22 @@ def test_one_file_is_every_component_and_tells_the_unets_size(tmp_path: Path) ->
 
 
 # -- trained text encoders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"addition_embed_type": None}, "older Stable Diffusion"),
+        ({"cross_attention_dim": 32, "projection_class_embeddings_input_dim": 72, "addition_time_embed_dim": 8}, "refiner"),
+    ],
+)
+def test_another_stable_diffusion_is_told_before_anything_is_read(toys: Toys, tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    folder = shutil.copytree(toys("sdxl"), tmp_path / "other")
+    config = folder / "unet/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    model = make_model(ModelConfig(family="sdxl", path=str(folder)), ObjectiveConfig())
+    with pytest.raises(CheckpointError, match=told):
+        model.load_denoiser()
 
 
 def test_trained_encoders_give_the_unet_what_frozen_ones_have_cached(toys: Toys) -> None:
