@@ -7,10 +7,11 @@ from collections import deque
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 
-from diffpipe.metrics import GIB, EvalRecord, Sink, StepRecord, TextSink, amount
+from diffpipe.metrics import GIB, EvalRecord, Pace, Progress, Sink, StepRecord, TextSink, described
 
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -28,7 +29,7 @@ class Dashboard:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.bars = Progress(
+        self.bars = Bars(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[count]}"),
@@ -39,6 +40,7 @@ class Dashboard:
             expand=True,
         )
         self.tasks: dict[str, TaskID] = {}
+        self.pace = Pace()
         self.last: StepRecord | None = None
         self.losses: deque[float] = deque(maxlen=60)
         self.buckets: dict[str, float] = {}
@@ -51,7 +53,7 @@ class Dashboard:
         self.losses.append(record.loss)
         before = self.buckets.get(record.bucket, record.loss)
         self.buckets[record.bucket] = 0.9 * before + 0.1 * record.loss
-        self.progress("train", record.step, record.steps_total)
+        self.progress(Progress("train", record.step, record.steps_total))
         self.live.update(self.draw())
 
     def evaluation(self, record: EvalRecord) -> None:
@@ -61,12 +63,12 @@ class Dashboard:
     def note(self, text: str) -> None:
         self.live.console.print(text, markup=False, highlight=False)
 
-    def progress(self, task: str, done: int, total: int | None) -> None:
-        count = amount(task, done) if total is None else f"{amount(task, done)} of {amount(task, total)}"
-        if task not in self.tasks:
-            self.tasks[task] = self.bars.add_task(task, total=total, completed=done, count=count)
+    def progress(self, progress: Progress) -> None:
+        count = described(progress, self.pace.of(progress))
+        if progress.task not in self.tasks:
+            self.tasks[progress.task] = self.bars.add_task(progress.task, total=progress.total, completed=progress.done, count=count)
             return
-        self.bars.update(self.tasks[task], completed=done, total=total, count=count)
+        self.bars.update(self.tasks[progress.task], completed=progress.done, total=progress.total, count=count)
 
     def close(self) -> None:
         self.live.update(self.draw(), refresh=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,29 +26,13 @@ from diffpipe.data.media import PIXELS, read, read_mask
 from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Found, Remembered, scan
 from diffpipe.data.workers import told_of_death, worker_context
 from diffpipe.errors import DiffpipeError, MediaError
+from diffpipe.metrics import Progress
 from diffpipe.models.base import DiffusionModel, Geometry
 
 CLAIM = 8  # entries that a rank takes from the common work at a time
 
 
-@dataclass(frozen=True)
-class EncodeProgress:
-    """How far a task is.
-
-    Attributes:
-        task: "scan", "encode media" or "encode captions".
-        done, total: of all ranks together where the work is shared out as it is done, else of this rank's share.
-        samples_per_second: of this rank, since the task began.
-    """
-
-    task: str
-    done: int
-    total: int
-    rank: int
-    samples_per_second: float
-
-
-ShowProgress = Callable[[EncodeProgress], None]
+ShowProgress = Callable[[Progress], None]
 
 
 @dataclass
@@ -131,7 +114,7 @@ def prepare_data(
     wanted = list(tasks)
     missing = set(wanted) if again else cache.missing(wanted)
     claims = _Claims(folder, exchange(os.urandom(8).hex())[0])
-    encoder = _Encoder(config, model, device, claims, rank, progress)
+    encoder = _Encoder(config, model, device, claims, rank, world, progress)
     faults = _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing]))
     _agree(exchange, lambda: memory.save(found.clips) if rank == 0 else None)
     cache.refresh()
@@ -172,7 +155,7 @@ def look(
         rank=rank,
         world=world,
         exchange=exchange,
-        progress=_clocked("scan", rank, progress),
+        progress=lambda done, total: progress(Progress("scan", done, total)),
     )
 
 
@@ -337,12 +320,15 @@ class _Claims:
                 raise
             yield range(begin, min(begin + size, total))
 
-    def taken(self, kind: str, size: int = CLAIM) -> int:
-        """How much of the work of a kind is taken by now."""
-        try:
-            return size * sum(e.name.startswith(f"{kind}-") for e in os.scandir(self._folder))
-        except FileNotFoundError:
-            return 0
+    def add_done(self, kind: str, rank: int, count: int) -> None:
+        """Let the others see that this rank has done more of a kind of work: its file grows by a byte for each entry."""
+        with writing_to(self._folder), open(self._folder / f"{kind} done by {rank}", "ab") as file:
+            file.write(b"." * count)
+
+    def done(self, kind: str, world: int) -> tuple[int, ...]:
+        """How much of a kind of work each rank has done."""
+        files = [self._folder / f"{kind} done by {rank}" for rank in range(world)]
+        return tuple(file.stat().st_size if file.exists() else 0 for file in files)
 
     def close(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -374,10 +360,10 @@ class _Encoder:
     """Encodes what this rank takes of the missing entries."""
 
     def __init__(
-        self, config: Config, model: DiffusionModel, device: torch.device, claims: _Claims, rank: int, progress: ShowProgress
+        self, config: Config, model: DiffusionModel, device: torch.device, claims: _Claims, rank: int, world: int, progress: ShowProgress
     ) -> None:
         self._config, self._model, self._device, self._claims = config, model, device, claims
-        self._rank, self._progress = rank, progress
+        self._rank, self._world, self._progress = rank, world, progress
 
     def run(self, tasks: Sequence[_Task]) -> list[Dropped]:
         """Do it; gives the files that could not be decoded. The encoders are in memory only meanwhile."""
@@ -398,33 +384,33 @@ class _Encoder:
                 torch.cuda.empty_cache()
         return list(faults.values())
 
+    def _show(self, kind: str, count: int, total: int) -> None:
+        """Tell of ``count`` more entries."""
+        self._claims.add_done(kind, self._rank, count)
+        by_rank = self._claims.done(kind, self._world)
+        self._progress(Progress(f"encode {kind}", sum(by_rank), total, by_rank))
+
     def _media(self, tasks: Sequence[_Task], encoders: Any, writer: ShardWriter, faults: dict[File, Dropped]) -> None:
-        shown = _clocked("encode media", self._rank, self._progress)
-        own = 0
         for group in _alike(self._decoded(tasks, "media", faults), self._config.data.encode_batch):
             made = self._model.encode_media(encoders, torch.stack([pixels for _, pixels in group]))
             for i, (task, _) in enumerate(group):
                 writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-            own += len(group)
-            shown(min(max(self._claims.taken("media"), own), len(tasks)), len(tasks), own)
-        if tasks:
-            shown(len(tasks), len(tasks), own)
+            self._show("media", len(group), len(tasks))
 
     def _masks(self, tasks: Sequence[_Task], writer: ShardWriter, faults: dict[File, Dropped]) -> None:
-        for task, mask in self._decoded(tasks, "mask", faults):
+        for task, mask in self._decoded(tasks, "masks", faults):
             writer.add(task.key, {"mask": mask})
+            self._show("masks", 1, len(tasks))
 
     def _texts(self, tasks: Sequence[_Task], encoders: Any, writer: ShardWriter) -> None:
-        shown = _clocked("encode captions", self._rank, self._progress)
-        step, own = self._config.data.encode_batch, 0
-        for part in self._claims.take("text", len(tasks)):
+        step = self._config.data.encode_batch
+        for part in self._claims.take("captions", len(tasks)):
             for first in range(part.start, part.stop, step):
                 group = tasks[first : min(first + step, part.stop)]
                 made = self._model.encode_text(encoders, [t.text for t in group])
                 for i, task in enumerate(group):
                     writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-                own += len(group)
-                shown(min(max(self._claims.taken("text"), own), len(tasks)), len(tasks), own)
+                self._show("captions", len(group), len(tasks))
 
     def _decoded(self, tasks: Sequence[_Task], kind: str, faults: dict[File, Dropped]) -> Iterator[tuple[_Task, Tensor]]:
         """What this rank takes of the tasks, decoded by worker processes a little ahead of the encoder."""
@@ -451,6 +437,7 @@ class _Encoder:
             if isinstance(pixels, MediaError):
                 assert task.sample is not None
                 faults[task.sample.file] = Dropped.of(task.sample.file, pixels)
+                self._show(kind, 1, len(tasks))
             else:
                 yield task, pixels
 
@@ -466,13 +453,3 @@ def _alike(decoded: Iterator[tuple[_Task, Tensor]], size: int) -> Iterator[list[
                 group = []
         if group:
             yield group
-
-
-def _clocked(task: str, rank: int, progress: ShowProgress) -> Callable[..., None]:
-    began = time.monotonic()
-
-    def show(done: int, total: int, own: int | None = None) -> None:
-        rate = (done if own is None else own) / max(time.monotonic() - began, 1e-6)
-        progress(EncodeProgress(task, done, total, rank, rate))
-
-    return show

@@ -47,13 +47,42 @@ class EvalRecord:
     by_quantile: dict[float, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a task is.
+
+    Attributes:
+        task: such as "scan", "encode media" or "load".
+        done, total: samples, or bytes of "load"; of all ranks together where they share the work.
+        by_rank: how much each rank has done, empty where there is no sharing.
+    """
+
+    task: str
+    done: int
+    total: int
+    by_rank: tuple[int, ...] = ()
+
+
+class Pace:
+    """How fast tasks go, measured from when each was first told of."""
+
+    def __init__(self) -> None:
+        self.begun: dict[str, tuple[float, int]] = {}
+
+    def of(self, progress: Progress) -> float:
+        """Samples or bytes a second; 0 while unknown."""
+        now = monotonic()
+        began, already = self.begun.setdefault(progress.task, (now, progress.done))
+        return (progress.done - already) / (now - began) if now > began else 0.0
+
+
 class Sink(Protocol):
     """Something that records or shows a run."""
 
     def step(self, record: StepRecord) -> None: ...
     def evaluation(self, record: EvalRecord) -> None: ...
     def note(self, text: str) -> None: ...
-    def progress(self, task: str, done: int, total: int | None) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
     def close(self) -> None: ...
 
 
@@ -73,8 +102,8 @@ class Sinks:
     def note(self, text: str) -> None:
         self._each(lambda sink: sink.note(text))
 
-    def progress(self, task: str, done: int, total: int | None) -> None:
-        self._each(lambda sink: sink.progress(task, done, total))
+    def progress(self, progress: Progress) -> None:
+        self._each(lambda sink: sink.progress(progress))
 
     def close(self) -> None:
         self._each(lambda sink: sink.close())
@@ -127,7 +156,7 @@ class TensorBoardSink:
     def note(self, text: str) -> None:
         """Notes are for people; the log has them."""
 
-    def progress(self, task: str, done: int, total: int | None) -> None:
+    def progress(self, progress: Progress) -> None:
         """Progress is for people."""
 
     def close(self) -> None:
@@ -144,7 +173,7 @@ class TextSink:
 
     def __init__(self, write: Callable[[str], None], every: float = 10.0) -> None:
         self.write, self.every = write, every
-        self.begun: dict[str, float] = {}
+        self.pace = Pace()
         self.told: dict[str, float] = {}
         self.first: tuple[float, int] | None = None
 
@@ -177,27 +206,33 @@ class TextSink:
     def note(self, text: str) -> None:
         self.write(text)
 
-    def progress(self, task: str, done: int, total: int | None) -> None:
-        now = monotonic()
-        begun = self.begun.setdefault(task, now)
-        finished = total is not None and done >= total
-        if not finished and now - self.told.get(task, begun) < self.every:
+    def progress(self, progress: Progress) -> None:
+        now, pace = monotonic(), self.pace.of(progress)
+        finished = progress.done >= progress.total
+        if not finished and now - self.told.setdefault(progress.task, now) < self.every:
             return
-        self.told[task] = now
-        if total is None:
-            self.write(f"{task} {amount(task, done)}")
-            return
-        left = f" left {duration((now - begun) / done * (total - done))}" if done and not finished else ""
-        self.write(f"{task} {amount(task, done)} of {amount(task, total)}{left}")
+        self.told[progress.task] = now
+        left = f" left {duration((progress.total - progress.done) / pace)}" if pace and not finished else ""
+        self.write(f"{progress.task} {described(progress, pace)}{left}")
 
     def close(self) -> None:
         """Every line is written at once."""
 
 
-def amount(task: str, count: int) -> str:
+def described(progress: Progress, pace: float) -> str:
+    """What is done of what, how fast, and each rank's part."""
+    text = f"{_amount(progress.task, progress.done)} of {_amount(progress.task, progress.total)}"
+    if pace:
+        text += f", {_amount(progress.task, pace)}/s"
+    if len(progress.by_rank) > 1:
+        text += f" (by rank {' '.join(map(str, progress.by_rank))})"
+    return text
+
+
+def _amount(task: str, count: float) -> str:
     """What is counted by a task: bytes when weights are loaded, else samples."""
     if task != "load":
-        return str(count)
+        return f"{count}" if isinstance(count, int) else f"{count:.3g}"
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
 
 

@@ -18,10 +18,10 @@ from diffpipe.data.dataset import Samples
 from diffpipe.data.feed import Feed
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
-from diffpipe.encode import EncodeProgress, cache_folder, prepare_data
+from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.run import check_formats, export_weights
-from diffpipe.metrics import EvalRecord, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
+from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import factor, make_optimizer, set_rates
@@ -62,7 +62,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         check_formats(config, model)
         samples, held_out = open_data(config, model, mesh, sinks)
         torch.manual_seed(config.run.seed + mesh.rank)
-        pipeline = build(config, model, mesh, lambda done, total: sinks.progress("load", done, total))
+        pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
         Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
     except DiffpipeError as fault:
         sinks.note(str(fault))
@@ -131,17 +131,13 @@ def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, a
             world=mesh.world,
             exchange=mesh.exchange,
             device=mesh.device,
-            progress=_show(sinks),
+            progress=sinks.progress,
             again=again,
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")
         opened.append(samples)
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
-
-
-def _show(sinks: Sinks) -> Callable[[EncodeProgress], None]:
-    return lambda p: sinks.progress(p.task, p.done, p.total)
 
 
 class Trainer:

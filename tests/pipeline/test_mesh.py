@@ -10,7 +10,6 @@ import pytest
 from diffpipe.models import MODELS, model_class
 from tests.conftest import ROOT
 
-
 # What a mesh adds to two stages is the same for all families: one with captions of any length, one with trained text
 # encoders, one of clips.
 SOME = ["lumina2", "sdxl", "wan"]
