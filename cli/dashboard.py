@@ -68,6 +68,8 @@ class Dashboard:
         if progress.task not in self.tasks:
             self.tasks[progress.task] = self.bars.add_task(progress.task, total=progress.total, completed=progress.done, count=count)
             return
+        if self.bars.tasks[self.tasks[progress.task]].finished and progress.done < progress.total:
+            self.bars.reset(self.tasks[progress.task])
         self.bars.update(self.tasks[progress.task], completed=progress.done, total=progress.total, count=count)
 
     def close(self) -> None:

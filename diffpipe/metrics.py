@@ -64,7 +64,7 @@ class Progress:
 
 
 class Pace:
-    """How fast tasks go, measured from when each was first told of."""
+    """How fast tasks go, measured from when each was first told of; a task that was finished may begin anew."""
 
     def __init__(self) -> None:
         self.begun: dict[str, tuple[float, int]] = {}
@@ -73,6 +73,8 @@ class Pace:
         """Samples or bytes a second; 0 while unknown."""
         now = monotonic()
         began, already = self.begun.setdefault(progress.task, (now, progress.done))
+        if progress.done >= progress.total:
+            del self.begun[progress.task]
         return (progress.done - already) / (now - began) if now > began else 0.0
 
 
@@ -212,6 +214,8 @@ class TextSink:
         if not finished and now - self.told.setdefault(progress.task, now) < self.every:
             return
         self.told[progress.task] = now
+        if finished:
+            del self.told[progress.task]
         left = f" left {duration((progress.total - progress.done) / pace)}" if pace and not finished else ""
         self.write(f"{progress.task} {described(progress, pace)}{left}")
 
