@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from diffpipe.config.schema import Config, FolderBase
 from diffpipe.data.buckets import Bucket, make_buckets
-from diffpipe.data.cache import UNFINISHED, Cache, ShardWriter, key_of, writing_to
+from diffpipe.data.cache import Cache, key_of
 from diffpipe.data.captions import variants
 from diffpipe.data.dataset import Sample, Samples
 from diffpipe.data.files import File
-from diffpipe.data.media import PIXELS, read, read_mask
+from diffpipe.data.media import PIXELS
 from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Found, Remembered, scan
-from diffpipe.data.workers import told_of_death, worker_context
-from diffpipe.errors import DiffpipeError, MediaError
+from diffpipe.encoder import Claims, Encoder, ShowProgress, cache_folder, tasks_of, text_key
+from diffpipe.errors import ConfigError, DiffpipeError, MediaError
 from diffpipe.metrics import Progress
-from diffpipe.models.base import DiffusionModel, Geometry
+from diffpipe.models.base import DiffusionModel
 
-CLAIM = 8  # entries that a rank takes from the common work at a time
-
-
-ShowProgress = Callable[[Progress], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -110,24 +102,26 @@ def prepare_data(
     found = look(config, model, folders, memory, rank, world, exchange, progress)
     entries, misplaced = place(found.clips, config, model, folders)
     cache = Cache(folder)
-    tasks = _tasks(entries, model)
+    tasks = tasks_of(entries, model)
     wanted = list(tasks)
     missing = set(wanted) if again else cache.missing(wanted)
-    claims = _Claims(folder, exchange(os.urandom(8).hex())[0])
-    encoder = _Encoder(config, model, device, claims, rank, world, progress)
-    faults = _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing]))
+    claims = Claims(folder, exchange(os.urandom(8).hex())[0])
+    encoder = Encoder(config, model, device, claims, rank, world, progress)
+    faults: dict[str, MediaError] = {}
+    for share in _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing])):
+        faults |= share
     _agree(exchange, lambda: memory.save(found.clips) if rank == 0 else None)
     cache.refresh()
     _agree(exchange, lambda: _settle(cache, claims) if rank == 0 else None)
-    bad = {d.file for d in faults}
-    kept = [e for e in entries if e.file not in bad]
-    held = set(_tasks(kept, model))
+    spoiled = {e.file: Dropped.of(e.file, faults[k]) for e in entries for k in (e.media, e.mask, e.control) if k in faults}
+    kept = [e for e in entries if e.file not in spoiled]
+    held = set(tasks_of(kept, model))
     report = Report(
         files=len({e.file for e in kept}),
         samples=len(kept),
         encoded=len(missing & held),
         reused=len(held - missing),
-        dropped=found.dropped + misplaced + sorted(faults, key=lambda d: d.file),
+        dropped=found.dropped + misplaced + [spoiled[f] for f in sorted(spoiled)],
         captionless=found.captionless,
         damaged=cache.damaged,
         buckets=dict(Counter(e.bucket for e in kept)),
@@ -146,7 +140,16 @@ def look(
     exchange: Exchange = lambda value: [value],
     progress: ShowProgress = lambda p: None,
 ) -> Found:
-    """What the folders hold."""
+    """What the folders hold.
+
+    Raises:
+        ConfigError: when a folder has control pictures that the family has no use for, or lacks those it needs.
+    """
+    for f in folders:
+        if (f.controls is not None) != model.takes_controls:
+            told = f"needs control pictures, and {f.path} names none" if model.takes_controls else "has no use for control pictures"
+            fix = "name their folder" if model.takes_controls else "take the key out"
+            raise ConfigError(f"{model.name} {told}", where="data.folders.controls", fix=fix)
     return scan(
         folders,
         config.data.of,
@@ -161,15 +164,11 @@ def look(
 
 def make_samples(entries: list[Sample], cache: Cache, model: DiffusionModel) -> Samples:
     """The samples over a cache that holds them."""
-    empty = _text_key("", model) if any(e.dropout for e in entries) else None
+    empty = text_key("", model) if any(e.dropout for e in entries) else None
     return Samples(entries, cache, empty, model.geometry.spatial)
 
 
-def cache_folder(config: Config) -> Path:
-    return config.data.cache_dir or config.output_dir / "cache"
-
-
-def _settle(cache: Cache, claims: _Claims) -> None:
+def _settle(cache: Cache, claims: Claims) -> None:
     cache.write_index()
     claims.close()
 
@@ -189,15 +188,17 @@ def place(
             for span in clip.spans:
                 shown = tuple(v for text in span.texts or ("",) for v in variants(text, said))
                 for text in shown:
-                    keys.setdefault(text, _text_key(text, model))
+                    keys.setdefault(text, text_key(text, model))
                 for placed in buckets[clip.folder].place(clip.info, span.start, span.end):
                     bucket, start = placed.bucket, placed.start
                     when = "" if start is None else f" from {start:.6f} s at {rate:g} fps"
-                    mask = None
+                    mask = control = None
                     if clip.mask is not None:
                         mask = key_of(
                             "mask", clip.mask[1], f"{bucket.height}x{bucket.width} cells {model.geometry.spatial} pixels {PIXELS}"
                         )
+                    if clip.control is not None:
+                        control = key_of("media", clip.control[1], f"{bucket} centre pixels {PIXELS}", seen_by)
                     entries.append(
                         Sample(
                             file=clip.file,
@@ -208,6 +209,8 @@ def place(
                             texts=tuple(keys[text] for text in shown),
                             mask=mask,
                             mask_file=clip.mask[0] if clip.mask is not None else None,
+                            control=control,
+                            control_file=clip.control[0] if clip.control is not None else None,
                             source=(clip.info.height, clip.info.width),
                             start=start,
                             dropout=said.dropout,
@@ -217,10 +220,6 @@ def place(
             dropped.append(Dropped.of(clip.file, fault))
     bad = {d.file for d in dropped}
     return [e for e in entries if e.file not in bad], dropped
-
-
-def _text_key(text: str, model: DiffusionModel) -> str:
-    return key_of("text", text, model.identity("text"))
 
 
 def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], cache: Cache) -> None:
@@ -248,208 +247,15 @@ def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], c
         )
 
 
-def _agree(exchange: Exchange, work: Callable[[], list[Dropped] | None]) -> list[Dropped]:
-    """Do this rank's share; afterwards all ranks go on with everyone's faults, or all raise what one of them met."""
-    mine: tuple[list[Dropped], DiffpipeError | None]
+def _agree(exchange: Exchange, work: Callable[[], T]) -> list[T]:
+    """Do this rank's share; afterwards all ranks go on with everyone's results, or all raise what one of them met."""
+    mine: tuple[T | None, DiffpipeError | None]
     try:
-        mine = (work() or [], None)
+        mine = (work(), None)
     except DiffpipeError as fault:
-        mine = ([], fault)
+        mine = (None, fault)
     shares = exchange(mine)
     for _, fault in shares:
         if fault is not None:
             raise fault
-    return [d for share, _ in shares for d in share]
-
-
-# -- the work --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Task:
-    """One entry to make.
-
-    Attributes:
-        kind: "media", "mask" or "text".
-        sample: the first that needs it.
-        text: the caption.
-    """
-
-    key: str
-    kind: str
-    sample: Sample | None = None
-    text: str = ""
-
-
-def _tasks(entries: Sequence[Sample], model: DiffusionModel) -> dict[str, _Task]:
-    """Every entry that the samples need, by key: media in the order of buckets, so that equal shapes are encoded together."""
-    tasks: dict[str, _Task] = {}
-    for entry in sorted(entries, key=lambda e: e.bucket):
-        tasks.setdefault(entry.media, _Task(entry.media, "media", entry))
-    for entry in entries:
-        if entry.mask is not None:
-            tasks.setdefault(entry.mask, _Task(entry.mask, "mask", entry))
-        for key, text in zip(entry.texts, entry.captions, strict=True):
-            tasks.setdefault(key, _Task(key, "text", None, text))
-    if any(e.dropout for e in entries):
-        empty = _text_key("", model)
-        tasks.setdefault(empty, _Task(empty, "text"))
-    return tasks
-
-
-class _Claims:
-    """Shares a list of work out among ranks as they get to it: who makes a file of a number first does that part.
-
-    Files rather than messages, since ranks are busy encoding, and since the cache is a folder that all of them see.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder = folder / f"{UNFINISHED}claims-{name}"
-
-    def take(self, kind: str, total: int, size: int = CLAIM) -> Iterator[range]:
-        """Parts of ``range(total)`` that no other rank has taken."""
-        with writing_to(self._folder):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        for begin in range(0, total, size):
-            try:
-                with writing_to(self._folder):
-                    os.close(os.open(self._folder / f"{kind}-{begin}", os.O_CREAT | os.O_EXCL))
-            except DiffpipeError as fault:
-                if isinstance(fault.__cause__, FileExistsError):
-                    continue
-                raise
-            yield range(begin, min(begin + size, total))
-
-    def add_done(self, kind: str, rank: int, count: int) -> None:
-        """Let the others see that this rank has done more of a kind of work: its file grows by a byte for each entry."""
-        with writing_to(self._folder), open(self._folder / f"{kind} done by {rank}", "ab") as file:
-            file.write(b"." * count)
-
-    def done(self, kind: str, world: int) -> tuple[int, ...]:
-        """How much of a kind of work each rank has done."""
-        files = [self._folder / f"{kind} done by {rank}" for rank in range(world)]
-        return tuple(file.stat().st_size if file.exists() else 0 for file in files)
-
-    def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-class _Decoder(Dataset[Any]):
-    """Reads media in worker processes; gives what is wrong with a file instead of raising it."""
-
-    def __init__(self, tasks: Sequence[_Task], geometry: Geometry) -> None:
-        self._tasks, self._geometry = tasks, geometry
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | MediaError]:
-        task = self._tasks[index]
-        entry = task.sample
-        assert entry is not None
-        try:
-            if task.kind == "mask":
-                assert entry.mask_file is not None
-                return index, read_mask(entry.mask_file, entry.bucket, self._geometry.spatial, (entry.source[1], entry.source[0]))
-            fps = None if entry.start is None else self._geometry.fps
-            return index, read(entry.file, entry.bucket, fps, entry.start or 0.0)
-        except MediaError as fault:
-            return index, fault
-        except OSError as fault:
-            return index, MediaError(f"cannot be read: {fault.strerror or fault}", where=str(entry.file))
-
-
-class _Encoder:
-    """Encodes what this rank takes of the missing entries."""
-
-    def __init__(
-        self, config: Config, model: DiffusionModel, device: torch.device, claims: _Claims, rank: int, world: int, progress: ShowProgress
-    ) -> None:
-        self._config, self._model, self._device, self._claims = config, model, device, claims
-        self._rank, self._world, self._progress = rank, world, progress
-
-    def run(self, tasks: Sequence[_Task]) -> list[Dropped]:
-        """Do it; gives the files that could not be decoded. The encoders are in memory only meanwhile."""
-        by_kind = {kind: [t for t in tasks if t.kind == kind] for kind in ("media", "mask", "text")}
-        if not tasks:
-            return []
-        encoders = self._model.load_encoders(self._device) if by_kind["media"] or by_kind["text"] else None
-        faults: dict[File, Dropped] = {}
-        try:
-            with torch.inference_mode(), ShardWriter(cache_folder(self._config)) as writer:
-                self._media(by_kind["media"], encoders, writer, faults)
-                self._masks(by_kind["mask"], writer, faults)
-                self._texts(by_kind["text"], encoders, writer)
-        finally:
-            del encoders
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-        return list(faults.values())
-
-    def _show(self, kind: str, count: int, total: int) -> None:
-        """Tell of ``count`` more entries."""
-        self._claims.add_done(kind, self._rank, count)
-        by_rank = self._claims.done(kind, self._world)
-        self._progress(Progress(f"encode {kind}", sum(by_rank), total, by_rank))
-
-    def _media(self, tasks: Sequence[_Task], encoders: Any, writer: ShardWriter, faults: dict[File, Dropped]) -> None:
-        for group in _alike(self._decoded(tasks, "media", faults), self._config.data.encode_batch):
-            made = self._model.encode_media(encoders, torch.stack([pixels for _, pixels in group]))
-            for i, (task, _) in enumerate(group):
-                writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-            self._show("media", len(group), len(tasks))
-
-    def _masks(self, tasks: Sequence[_Task], writer: ShardWriter, faults: dict[File, Dropped]) -> None:
-        for task, mask in self._decoded(tasks, "masks", faults):
-            writer.add(task.key, {"mask": mask})
-            self._show("masks", 1, len(tasks))
-
-    def _texts(self, tasks: Sequence[_Task], encoders: Any, writer: ShardWriter) -> None:
-        step = self._config.data.encode_batch
-        for part in self._claims.take("captions", len(tasks)):
-            for first in range(part.start, part.stop, step):
-                group = tasks[first : min(first + step, part.stop)]
-                made = self._model.encode_text(encoders, [t.text for t in group])
-                for i, task in enumerate(group):
-                    writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-                self._show("captions", len(group), len(tasks))
-
-    def _decoded(self, tasks: Sequence[_Task], kind: str, faults: dict[File, Dropped]) -> Iterator[tuple[_Task, Tensor]]:
-        """What this rank takes of the tasks, decoded by worker processes a little ahead of the encoder."""
-        if not tasks:
-            return
-        workers = min(self._config.data.encode_workers, len(tasks))
-        order = (i for part in self._claims.take(kind, len(tasks)) for i in part)
-        loader = DataLoader(
-            _Decoder(tasks, self._model.geometry),
-            sampler=order,  # pyright: ignore[reportArgumentType] - any iterable serves
-            batch_size=None,
-            num_workers=workers,
-            multiprocessing_context=worker_context() if workers else None,
-            generator=torch.Generator().manual_seed(0),  # the global one belongs to the training
-        )
-        decoded = iter(loader)
-        while True:
-            with told_of_death("data.encode_workers"):
-                found = next(decoded, None)
-            if found is None:
-                return
-            index, pixels = found
-            task = tasks[index]
-            if isinstance(pixels, MediaError):
-                assert task.sample is not None
-                faults[task.sample.file] = Dropped.of(task.sample.file, pixels)
-                self._show(kind, 1, len(tasks))
-            else:
-                yield task, pixels
-
-
-def _alike(decoded: Iterator[tuple[_Task, Tensor]], size: int) -> Iterator[list[tuple[_Task, Tensor]]]:
-    """Consecutive entries that can be encoded at once: same shape, at most ``size``."""
-    for _, run in groupby(decoded, key=lambda pair: (pair[1].shape, pair[0].sample and pair[0].sample.bucket)):
-        group: list[tuple[_Task, Tensor]] = []
-        for pair in run:
-            group.append(pair)
-            if len(group) == size:
-                yield group
-                group = []
-        if group:
-            yield group
+    return [share for share, _ in shares]

@@ -31,7 +31,9 @@ def encoded(model: DiffusionModel, rows: int = 2, columns: int = 3, frames: int 
     pixels = torch.rand((count, 3, frames, *size), generator=generator) * 2 - 1
     encoders = encoders_of(model)
     with torch.no_grad():
-        media = model.encode_media(encoders, pixels)
+        media = dict(model.encode_media(encoders, pixels))
+        if model.takes_controls:
+            media |= {f"control_{name}": t for name, t in model.encode_media(encoders, pixels.flip(-1)).items()}
         text = model.encode_text(encoders, [CAPTIONS[(seed + i) % len(CAPTIONS)] for i in range(count)])
     framing = [framed(size, generator) for _ in range(count)]
     made = {**media, **text, "framing": framing}

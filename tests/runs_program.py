@@ -23,6 +23,7 @@ ADAPTERS: dict[str, dict[str, Any] | None] = {"full": None, "lora": {"rank": 4, 
 def config_of(family: str, kind: str, folder: Path, stages: int) -> Config:
     """Three steps on drawn media, pictures and clips mixed where the family takes both, checkpointed after each."""
     video = model_class(family).geometry.fps is not None
+    controls = {"controls": "toy:greys"} if model_class(family).takes_controls else {}
     return Config.model_validate(
         {
             "output_dir": folder / f"{family}-{kind}",
@@ -33,7 +34,7 @@ def config_of(family: str, kind: str, folder: Path, stages: int) -> Config:
             "adapter": ADAPTERS[kind],
             "optimizer": {"lr": 1e-3},
             "data": {
-                "folders": [{"path": "toy:clips" if video else "toy:pictures"}],
+                "folders": [{"path": "toy:clips" if video else "toy:pictures", **controls}],
                 "resolutions": [64],
                 "frames": [1, 9],
                 "aspect": {"min": 1.0, "max": 1.0, "count": 1},

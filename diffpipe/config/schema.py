@@ -237,6 +237,11 @@ class FolderBase(Section):
     masks: Path | None = Field(
         default=None, description="Folder of masks, pictures of the same stem and size: white trains, black does not; null trains all."
     )
+    controls: Path | None = Field(
+        default=None,
+        description="Folder of control pictures, one of the same stem for each picture: what the model is shown to make it from, "
+        "such as the picture before an edit. Only for families that take them; those need it. Also `toy:greys`.",
+    )
 
 
 _OVERRIDES: dict[str, Any] = {

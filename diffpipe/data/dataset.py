@@ -20,8 +20,8 @@ class Sample:
     Attributes:
         captions: what may be said of it, one at a time.
         repeats: times an epoch shows it.
-        media, texts, mask: keys into the cache; a text for each caption; no mask where all of the picture trains.
-        mask_file: where the mask is read from.
+        media, texts, mask, control: keys into the cache; a text for each caption; no mask where all of the picture trains.
+        mask_file, control_file: where those are read from.
         source: (height, width) of the file's picture, seen upright.
         start: seconds into the file at which its clip begins; None for an image.
         dropout: share of showings with the empty caption.
@@ -35,6 +35,8 @@ class Sample:
     texts: tuple[str, ...]
     mask: str | None = None
     mask_file: File | None = None
+    control: str | None = None
+    control_file: File | None = None
     source: tuple[int, int] = (0, 0)
     start: float | None = None
     dropout: float = 0.0
@@ -59,8 +61,8 @@ class Samples:
         """The cached tensors of one showing of a sample, mapped from disk.
 
         Beside what the family cached there is ``framing``: height and width of the picture as it was, top and left of
-        the crop in the picture as it was scaled, height and width of the bucket (6 float32, in pixels); and where any
-        sample has a mask, ``mask`` (1 h w).
+        the crop in the picture as it was scaled, height and width of the bucket (6 float32, in pixels); where any sample
+        has a mask, ``mask`` (1 h w); and where it has a control, what the family cached of that, called ``control_`` before.
 
         Args:
             key: decides which caption is shown, and whether it is dropped. An evaluation shows the first.
@@ -70,11 +72,13 @@ class Samples:
         if self._masked:
             cells = (1, entry.bucket.height // self._cell, entry.bucket.width // self._cell)
             row["mask"] = torch.ones(cells) if entry.mask is None else self._cache[entry.mask]["mask"]
+        if entry.control is not None:
+            row |= {f"control_{name}": tensor for name, tensor in self._cache[entry.control].items()}
         return row
 
     def keys(self) -> set[str]:
         """The cache keys of everything that the samples need."""
-        own = {k for e in self.entries for k in (e.media, *e.texts, e.mask) if k is not None}
+        own = {k for e in self.entries for k in (e.media, *e.texts, e.mask, e.control) if k is not None}
         return own if self._empty is None else own | {self._empty}
 
     def _text(self, entry: Sample, key: Key) -> str:

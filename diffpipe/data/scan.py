@@ -31,6 +31,7 @@ class Clip:
         spans: what of it trains, with captions; a file without any has one span without text.
         folder: which of the config's folders it is from.
         mask: what of its picture trains, with the hash of the mask's bytes.
+        control: the picture it is made from, with the hash of its bytes.
     """
 
     file: File
@@ -39,6 +40,7 @@ class Clip:
     spans: tuple[Span, ...]
     folder: int
     mask: tuple[File, str] | None = None
+    control: tuple[File, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class _Work:
     folder: int
     spans: tuple[Span, ...] | MediaError
     mask: File | None
+    control: File | None
 
 
 def scan(
@@ -171,7 +174,7 @@ def scan(
 
 
 def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found) -> list[_Work]:
-    """The media of one folder with their captions and masks; what else lies there goes to ``found``."""
+    """The media of one folder with their captions, masks and controls; what else lies there goes to ``found``."""
     place = Path(folder.path)
     try:
         files = list(walk(place, options.recursive))
@@ -186,14 +189,17 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
             groups.append((members(shard.path), ""))
         except MediaError as fault:
             found.dropped.append(Dropped.of(shard, fault))
-    masks = _masks(folder)
+    masks, controls = _pictures(folder.masks, "masks"), _pictures(folder.controls, "controls")
     work: list[_Work] = []
     for group, root in groups:
         texts = captions.collect(group, options.captions)
         media = [f for f in group if kind_of(f)]
         twins = _twins(media)
         for file in media:
-            work.append(_Work(file, number, _spans(file, texts, options, root, twins), masks.get(file.stem)))
+            spans = _spans(file, texts, options, root, twins)
+            if folder.controls is not None and file.stem not in controls:
+                spans = MediaError("has no control picture", expected=f"one called {file.stem} in {folder.controls}")
+            work.append(_Work(file, number, spans, masks.get(file.stem), controls.get(file.stem)))
         stems = {(f.folder, f.stem) for f in media}
         for file in group:
             if kind_of(file):
@@ -202,17 +208,20 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
                 found.dropped.append(Dropped(file, NOT_MEDIA, fault=False))
             elif file.name not in captions.LISTS and (file.folder, file.stem) not in stems:
                 found.dropped.append(Dropped(file, "a caption without media", fault=False))
+    known = {w.file.stem for w in work}
+    for what, pictures in (("mask", masks), ("control", controls)):
+        found.dropped += [Dropped(f, f"a {what} without media", fault=False) for stem, f in pictures.items() if stem not in known]
     return work
 
 
-def _masks(folder: FolderBase) -> dict[str, File]:
-    """Mask files by stem."""
-    if folder.masks is None:
+def _pictures(folder: Path | None, what: str) -> dict[str, File]:
+    """The pictures of a folder of masks or controls by stem."""
+    if folder is None:
         return {}
     try:
-        return {f.stem: f for f in walk(folder.masks, recursive=False) if kind_of(f) == "image"}
+        return {f.stem: f for f in walk(folder, recursive=False) if kind_of(f) == "image"}
     except OSError as fault:
-        raise ConfigError(f"the folder of masks cannot be read: {fault.strerror or fault}", where=str(folder.masks)) from fault
+        raise ConfigError(f"the folder of {what} cannot be read: {fault.strerror or fault}", where=str(folder)) from fault
 
 
 def _twins(media: Sequence[File]) -> dict[tuple[str, str], list[str]]:
@@ -246,11 +255,11 @@ def _examine(work: _Work, takes_video: bool, memory: Remembered) -> Clip | Dropp
         return Dropped.of(file, work.spans)
     try:
         info, digest = memory.look(file)
-        mask = (work.mask, work.mask.digest()) if work.mask is not None else None
+        mask, control = ((f, f.digest()) if f is not None else None for f in (work.mask, work.control))
     except MediaError as fault:
         return Dropped.of(file, fault)
     except OSError as fault:
         return Dropped(file, f"cannot be read: {fault.strerror or fault}")
     if info.kind == "video" and not takes_video:
         return Dropped(file, "a moving picture, but this model family trains on still ones only", fault=False)
-    return Clip(file, info, digest, work.spans, work.folder, mask)
+    return Clip(file, info, digest, work.spans, work.folder, mask, control)

@@ -15,6 +15,7 @@ MODELS: dict[str, str] = {
     "chroma": "diffpipe.models.chroma:Chroma",
     "cosmos": "diffpipe.models.cosmos:Cosmos",
     "flux": "diffpipe.models.flux:Flux",
+    "flux-kontext": "diffpipe.models.flux_kontext:FluxKontext",
     "hunyuan-video": "diffpipe.models.hunyuan_video:HunyuanVideo",
     "ltx-video": "diffpipe.models.ltx_video:LTXVideo",
     "lumina2": "diffpipe.models.lumina2:Lumina2",

@@ -102,6 +102,7 @@ class DiffusionModel(ABC):
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps
     high_precision: ClassVar[tuple[str, ...]] = ()  # patterns of layers in blocks that are never kept in few bits
     unused: ClassVar[frozenset[str]] = frozenset()  # components of the pipeline that neither encoding nor training needs
+    takes_controls: ClassVar[bool] = False  # whether each picture is made from a control picture, as data.folders.controls has it
     # Keys of the config that this family gives a meaning to, beside those that all do.
     options: ClassVar[frozenset[str]] = frozenset()
 

@@ -27,7 +27,7 @@ def _row(family: type[DiffusionModel]) -> Row:
     return {
         "model.family": family.name,
         "released models": family.title,
-        "media": "images, videos" if shape.fps else "images",
+        "media": "images, videos" if shape.fps else "images with controls" if family.takes_controls else "images",
         "frames": f"{shape.temporal}k+1 at {shape.fps:g} fps" if shape.fps else "1",
         "size multiple": str(shape.multiple),
         "objective": family.process,

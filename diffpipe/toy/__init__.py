@@ -35,9 +35,12 @@ def materialize(config: Config, home: Path | None = None) -> Config:
 
 
 def _folder(folder, home: Path, key: str):
-    if not folder.path.startswith(SCHEME):
-        return folder
-    return folder.model_copy(update={"path": _make(home, folder.path, _media(), key)})
+    changes: dict[str, object] = {}
+    if folder.path.startswith(SCHEME):
+        changes["path"] = _make(home, folder.path, _media(), key)
+    if folder.controls is not None and str(folder.controls).startswith(SCHEME):
+        changes["controls"] = Path(_make(home, str(folder.controls), _media(), f"{key}.controls"))
+    return folder.model_copy(update=changes)
 
 
 def _models() -> dict[str, Callable[[Path], None]]:
@@ -54,11 +57,13 @@ def _model(family: str, folder: Path) -> None:
 
 
 def _media() -> dict[str, Callable[[Path], None]]:
-    from diffpipe.toy.media import make_clips, make_pictures
+    from diffpipe.toy.media import make_clips, make_greys, make_pictures
 
     return {
         "pictures": lambda folder: make_pictures(folder, 48, 0),
         "pictures-heldout": lambda folder: make_pictures(folder, 12, 1),
+        "greys": lambda folder: make_greys(folder, 48, 0),
+        "greys-heldout": lambda folder: make_greys(folder, 12, 1),
         "clips": lambda folder: make_clips(folder, 12, 2),
         "clips-heldout": lambda folder: make_clips(folder, 3, 3),
     }

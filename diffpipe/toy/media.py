@@ -55,6 +55,18 @@ def make_pictures(folder: Path, count: int, seed: int) -> None:
         file.with_suffix(".txt").write_text(f"a {colour} {shape} on a {background} background", encoding="utf-8")
 
 
+def make_greys(folder: Path, count: int, seed: int) -> None:
+    """The same pictures as ``make_pictures`` makes, without their colours and captions: controls of one that colours them."""
+    make_pictures(folder, count, seed)
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".txt":
+            file.unlink()
+        else:
+            with Image.open(file) as picture:
+                grey = picture.convert("L").convert("RGB")
+            grey.save(file)
+
+
 def make_clips(folder: Path, count: int, seed: int) -> None:
     """``count`` MP4 clips of 9 to 17 frames, and a still beside every third."""
     rng = random.Random(seed)

@@ -7,8 +7,10 @@ from pathlib import Path
 from diffpipe.toy.tiny import make_clip, make_clip_tokenizer, make_image_vae, make_t5, make_t5_tokenizer, open_heads, pictures_for_scale
 
 
-def make(folder: Path) -> None:
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+def make(folder: Path, pipeline: str = "FluxPipeline") -> None:
+    """Write it, as ``pipeline`` where another one is made of the same components."""
+    import diffusers
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 
     clip, t5 = make_clip_tokenizer(folder / "tokenizer"), make_t5_tokenizer()
     vae = make_image_vae(pictures_for_scale(frames=0), 4, use_quant_conv=False, use_post_quant_conv=False)
@@ -23,7 +25,7 @@ def make(folder: Path) -> None:
         guidance_embeds=True,
         axes_dims_rope=(4, 6, 6),
     )
-    FluxPipeline(
+    getattr(diffusers, pipeline)(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
         text_encoder=make_clip(clip),
