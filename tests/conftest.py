@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
+World = Callable[..., subprocess.CompletedProcess[str]]
+Command = Callable[..., Result]
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,7 +27,7 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def world() -> Callable[..., subprocess.CompletedProcess[str]]:
+def world() -> World:
     """Runs a Python program in several processes as torchrun does; gives the finished process."""
 
     def run(processes: int, *arguments: str | Path, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
@@ -40,6 +44,23 @@ def world() -> Callable[..., subprocess.CompletedProcess[str]]:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
         if check and done.returncode:
             raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def command() -> Command:
+    """Runs a command line in this process; gives its exit code and what it printed."""
+
+    def run(*arguments: str | Path, check: bool = True) -> Result:
+        from diffpipe.cli import app
+
+        done = CliRunner().invoke(app, [str(a) for a in arguments])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        if check and done.exit_code:
+            raise AssertionError(f"{arguments} ended with {done.exit_code}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
         return done
 
     return run

@@ -13,6 +13,7 @@ from diffpipe.data.dataset import stack
 from diffpipe.flow import Key
 from diffpipe.models.adapters import base_name, is_adapter
 from diffpipe.models.base import DiffusionModel, Targets
+from diffpipe.pipeline.cut import duplicate
 
 CAPTIONS = ("a red circle on a blue background", "a square", "a green triangle moving left on a white background")
 CPU = torch.device("cpu")
@@ -73,6 +74,16 @@ def filled(module: nn.Module) -> nn.Module:
                 name = f"{prefix}.{leaf}" if prefix else leaf
                 owner._parameters[leaf] = nn.Parameter(drawn(name, p.shape), requires_grad=p.requires_grad)
     return module
+
+
+def apart(module: nn.Module) -> nn.Module:
+    """The module again, to take apart: the same weights, gradients of its own."""
+    made = duplicate(module)
+    for owner in made.modules():
+        for leaf, p in owner._parameters.items():
+            if p is not None:
+                owner._parameters[leaf] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
+    return made
 
 
 def with_weights(module: nn.Module, model: DiffusionModel) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from diffpipe.models import MODELS, make_model
 from diffpipe.models.adapters import attach, base_name, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
 from diffpipe.train import train
-from tests.conftest import ROOT
+from tests.conftest import ROOT, World
 from tests.export.tiny import as_trained
 from tests.families import frames_of, microbatch
 from tests.runs_program import ADAPTERS, prepared
@@ -30,7 +29,7 @@ CASES = [pytest.param(family, kind, id=f"{family}-{kind}") for family in sorted(
 
 
 @pytest.fixture(scope="session")
-def two_stages(world: Callable[..., subprocess.CompletedProcess[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_stages(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs over two stages."""
     folder = tmp_path_factory.mktemp("runs")
     world(2, ROOT / "tests/runs_program.py", folder, timeout=1200)

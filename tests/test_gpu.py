@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +10,12 @@ import torch
 import yaml
 
 from diffpipe.models import MODELS
+from tests.conftest import World
 from tests.pipeline.test_memory import POLICIES, steps_of
 from tests.pipeline.test_memory import config_of as config_with
 from tests.runs_program import config_of
 from tests.test_train import losses
 
-World = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.gpu
 
 

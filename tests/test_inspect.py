@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig
 from diffpipe.inspection import CELL, decoded_sheets, survey
 from diffpipe.models import MODELS, make_model
 from diffpipe.toy import materialize
+from tests.conftest import Command
 from tests.families import CPU, encoders_of, frames_of
-
-World = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def config_of(folder: Path, family: str = "flux", **data: object) -> Config:
@@ -44,7 +42,7 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_tells_buckets_captions_and_what_is_left_out(world: World, tmp_path: Path) -> None:
+def test_the_command_tells_buckets_captions_and_what_is_left_out(command: Command, tmp_path: Path) -> None:
     media = pictures(tmp_path / "media")
     (tmp_path / "cfg.yaml").write_text(
         f"output_dir: {tmp_path / 'out'}\nrun: {{steps: 1}}\n"
@@ -52,7 +50,7 @@ def test_the_command_tells_buckets_captions_and_what_is_left_out(world: World, t
         "batch: {micro: 2}\n"
         f"data: {{folders: [{{path: {media}, repeats: 3}}], resolutions: [64], aspect: {{min: 1, max: 1, count: 1}}}}\n"
     )
-    told = world(1, "-m", "diffpipe", "inspect", tmp_path / "cfg.yaml", "--output", tmp_path / "sheets").stdout
+    told = command("inspect", tmp_path / "cfg.yaml", "--output", tmp_path / "sheets").stdout
     row = next(line for line in told.splitlines() if "1x64x64" in line)
     assert [int(n) for n in re.findall(r"\b\d+\b", row.replace("1x64x64", ""))] == [3, 9, 4, 1]
     assert "captions: 0 to 3 words, median 1" in told

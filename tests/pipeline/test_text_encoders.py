@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import pairwise
@@ -17,9 +16,9 @@ from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import make_optimizer
 from diffpipe.pipeline.build import outline
-from diffpipe.pipeline.cut import Fakes, Part, Probe, expand
+from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
 from diffpipe.pipeline.stage import sum_errors
-from tests.families import filled, microbatch
+from tests.families import apart, filled, microbatch
 from tests.pipeline.test_cut import CPU, cuts_of, run_parts, whole_of
 
 FAMILIES = [family for family in sorted(MODELS) if "model.train_text_encoders" in model_class(family).options]
@@ -41,8 +40,9 @@ def test_any_cut_gives_the_text_encoders_gradients(model: DiffusionModel, lora: 
     assert expected.keys() == {n for n, p in whole.named_parameters() if p.requires_grad}
     assert {n.split(".")[0] for n in expected} == set(model.trained)
     count = len(expand(whole, model.spec.units))
+    fakes = Fakes(CPU)
     for edges in ([0, count], *cuts_of(count)):
-        parts = [Part(filled(whole_of(model, lora)), model.spec, a, b, Fakes(CPU)) for a, b in pairwise(edges)]
+        parts = [Part(apart(whole), model.spec, a, b, fakes) for a, b in pairwise(edges)]
         _, got, gradients = run_parts(parts, inputs, targets)
         assert torch.equal(got, loss.detach()), f"cut at {edges}"
         assert gradients.keys() == expected.keys()
@@ -55,7 +55,7 @@ def test_a_probe_knows_what_text_encoders_send(model: DiffusionModel) -> None:
     whole = whole_of(model, False)
     count = len(expand(whole, model.spec.units))
     fakes = Fakes(CPU)
-    twins = [Part(copy.deepcopy(whole), model.spec, a, b, fakes) for a, b in ((0, 1), (1, count))]
+    twins = [Part(duplicate(whole), model.spec, a, b, fakes) for a, b in ((0, 1), (1, count))]
     for twin in twins:
         fakes.fill(twin)
     border = Probe(twins, fakes, nullcontext, model.spec.lengths).borders(inputs)[0]
