@@ -51,7 +51,7 @@ def make_random(config: Config) -> DiffusionModel:
 
     class Random(family):  # type: ignore[misc, valid-type]
         def weights(self) -> WeightSource:
-            return WeightSource({n: lazily(s, torch.bfloat16, lambda s=s: _values(s)) for n, s in self.shapes().items()}, Path("random"))
+            return WeightSource({n: lazily(s, torch.bfloat16, lambda s=s: _values(s)) for n, s in self.shapes.items()}, Path("random"))
 
     return Random(config.model, config.objective)
 

@@ -75,7 +75,7 @@ def export_tensors(
             for kind in formats
         ]
     base = model.weights().tensors
-    whole = {name: tensors[name] if name in tensors else base[name] for name in model.shapes()}
+    whole = {name: tensors[name] if name in tensors else base[name] for name in model.shapes}
     components = {name: cast(own, kinds(config, model)) for name, own in model.components(whole).items()}
     paths: list[Path] = []
     for kind in formats:

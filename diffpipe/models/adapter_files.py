@@ -182,7 +182,7 @@ def _spellings(name: str) -> list[str]:
 
 def _layer_names(model: DiffusionModel) -> tuple[dict[str, str], dict[str, str]]:
     """Every spelling of a diffusers layer, and of an original layer, to its name."""
-    layers = [n.removesuffix(".weight") for n, shape in model.shapes().items() if n.endswith(".weight") and len(shape) > 1]
+    layers = [n.removesuffix(".weight") for n, shape in model.shapes.items() if n.endswith(".weight") and len(shape) > 1]
     own: dict[str, str] = {}
     for layer in layers:
         bare = layer.removeprefix(f"{model.component}.")
@@ -200,7 +200,7 @@ def _split(tensors: Mapping[str, Tensor], model: DiffusionModel, file: Path) -> 
     """Adapters of original layers as adapters of diffusers layers."""
     if not tensors:
         return {}
-    names, shapes = model.original_names(), model.shapes()
+    names, shapes = model.original_names(), model.shapes
     result = lora_to_diffusers(tensors, names, shapes)
     for original, pieces in names.items():
         layer = original.removesuffix(".weight")
@@ -222,7 +222,7 @@ def _split(tensors: Mapping[str, Tensor], model: DiffusionModel, file: Path) -> 
 
 def _to_original(tensors: Mapping[str, Tensor], model: DiffusionModel) -> dict[str, Tensor]:
     """Adapters of diffusers layers as adapters of original layers."""
-    names, shapes = model.original_names(), model.shapes()
+    names, shapes = model.original_names(), model.shapes
     result = lora_to_original(tensors, names, shapes)
     for original, pieces in names.items():
         layers = [p.name.removesuffix(".weight") for p in pieces]

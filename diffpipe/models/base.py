@@ -236,6 +236,7 @@ class DiffusionModel(ABC):
         """The trained module: the denoiser, or one that holds it beside other trained components."""
         return self.denoiser_class().from_config(self.class_config(self.denoiser_config))
 
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The trained module's parameters and saved buffers by name."""
         return {name: tuple(t.shape) for name, t in self.load_denoiser().state_dict().items()}
@@ -246,7 +247,7 @@ class DiffusionModel(ABC):
         Raises:
             CheckpointError: when they are not those of the model that the config says.
         """
-        found = self.stored(self.shapes())
+        found = self.stored(self.shapes)
         for lora in self.config.merge:
             if not lora.path.is_file():
                 raise ConfigError("no such file", where=f"model.merge: {lora.path}")
@@ -305,7 +306,7 @@ class DiffusionModel(ABC):
         Raises:
             DiffpipeError: when a parameter has no original name.
         """
-        return self.denoiser_names(self.shapes())
+        return self.denoiser_names(self.shapes)
 
     def components(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Whole weights of the trained module by component, as the folders of a diffusers pipeline have them."""

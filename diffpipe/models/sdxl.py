@@ -268,7 +268,7 @@ class SDXL(DiffusionModel):
 
     def original_names(self) -> NameMap:
         """Text encoders' layers have the names that ComfyUI and kohya share in adapter files, rather than OpenCLIP's."""
-        shapes = self.shapes()
+        shapes = self.shapes
         names = self.denoiser_names(_within(self.component, shapes))
         found = {n: [replace(p, name=f"{self.component}.{p.name}") for p in pieces] for n, pieces in names.items()}
         for component in self.trained[1:]:

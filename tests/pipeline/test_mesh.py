@@ -27,6 +27,6 @@ def test_a_mesh_gives_the_whole_models_loss_and_gradients(
 
 
 def kinds_of(family: str) -> tuple[str, ...]:
-    """The ways that a family is trained."""
+    """The ways that a family is trained here."""
     encoders = "model.train_text_encoders" in model_class(family).options
-    return ("full", "lora", "full with text encoders") if encoders else ("full", "lora")
+    return ("full with text encoders" if encoders else "full", "lora")
