@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from diffpipe.config.schema import Config, FolderConfig
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.dataset import Samples, stack
 from diffpipe.encode import Report, prepare_data
-from diffpipe.errors import DiffpipeError, MediaError
+from diffpipe.errors import ConfigError, DiffpipeError, MediaError
 from diffpipe.flow import Key
 from diffpipe.metrics import Progress
 from diffpipe.models.base import DiffusionModel
@@ -286,6 +287,62 @@ def test_a_mask_of_another_size_is_a_fault_of_its_picture(tmp_path: Path) -> Non
         prepare(config_of(tmp_path / "media", tmp_path / "out", folders=[folder]), Pool())
 
 
+class Editing(PicturePool):
+    takes_controls = True
+
+
+def controlled(tmp_path: Path, **data: Any) -> Config:
+    folder = {"path": str(tmp_path / "media"), "controls": str(tmp_path / "controls")}
+    return config_of(tmp_path / "media", tmp_path / "out", folders=[folder], **data)
+
+
+def test_a_control_is_encoded_at_its_pictures_size_and_comes_with_it(tmp_path: Path) -> None:
+    draw_image(tmp_path / "media" / "a.png", (80, 60), "red")
+    draw_image(tmp_path / "media" / "b.png", (64, 64), "blue", seed=1)
+    draw_image(tmp_path / "controls" / "a.jpg", (160, 120), None, seed=2)
+    draw_image(tmp_path / "controls" / "b.png", (64, 64), None, seed=1)  # the picture itself
+    samples, report = prepare(controlled(tmp_path), Editing(tmp_path / "log"))
+    assert report.encoded == 3 + 2 and log_of(Editing(tmp_path / "log"))["media"] == 3
+    for i, entry in enumerate(samples.entries):
+        read = row(samples, i)
+        assert read["control_latents"].shape == read["latents"].shape == (3, 1, entry.bucket.height // 8, entry.bucket.width // 8)
+        assert torch.equal(read["control_latents"], read["latents"]) is (entry.file.name == "b.png")
+    assert len(samples.keys()) == 5
+
+
+def test_a_picture_without_its_control_is_a_fault_and_a_control_without_a_picture_is_counted(tmp_path: Path) -> None:
+    draw_image(tmp_path / "media" / "a.png", (64, 64), "red")
+    draw_image(tmp_path / "media" / "b.png", (64, 64), "blue", seed=1)
+    draw_image(tmp_path / "media" / "c.png", (64, 64), "green", seed=2)
+    draw_image(tmp_path / "controls" / "a.png", (64, 64), None, seed=3)
+    draw_image(tmp_path / "controls" / "other.png", (64, 64), None, seed=3)
+    (tmp_path / "controls" / "c.png").write_bytes((tmp_path / "media" / "c.png").read_bytes()[:-200])
+    samples, report = prepare(controlled(tmp_path, on_error="skip"), Editing())
+    told = "\n".join(report.lines())
+    assert len(samples) == 1
+    assert re.search(r"left out: .*b\.png: has no control picture, expected one called b in", told)
+    assert re.search(r"left out: .*media.c\.png: c\.png: ", told)
+    assert "not used: 1 x a control without media" in told
+
+
+def test_controls_belong_to_families_that_take_them(tmp_path: Path) -> None:
+    draw_image(tmp_path / "media" / "a.png", (64, 64), "red")
+    draw_image(tmp_path / "controls" / "a.png", (64, 64), None)
+    with pytest.raises(ConfigError, match=r"data\.folders\.controls: pool has no use for control pictures"):
+        prepare(controlled(tmp_path), PicturePool())
+    with pytest.raises(ConfigError, match=r"data\.folders\.controls: pool needs control pictures, and .*media names none"):
+        prepare(config_of(tmp_path / "media", tmp_path / "out"), Editing())
+
+
+def test_what_two_files_alike_share_is_a_fault_of_both(tmp_path: Path) -> None:
+    draw_image(tmp_path / "media" / "a.png", (64, 64), "red")
+    bad = draw_image(tmp_path / "media" / "b.jpg", (64, 64), "blue", seed=1)
+    bad.write_bytes(bad.read_bytes()[:-200])
+    (tmp_path / "media" / "c.jpg").write_bytes(bad.read_bytes())
+    samples, report = prepare(config_of(tmp_path / "media", tmp_path / "out", on_error="skip"), PicturePool())
+    assert len(samples) == 1 and [d.file.name for d in report.faults] == ["b.jpg", "c.jpg"]
+
+
 def test_a_folders_keys_take_the_place_of_datas(tmp_path: Path) -> None:
     draw_image(tmp_path / "one" / "a.png", (64, 64), "x")
     draw_image(tmp_path / "two" / "b.png", (64, 64), "y")
@@ -310,7 +367,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 import drawn
-from diffpipe import encode
+from diffpipe import encode, encoder
 from diffpipe.data import cache
 class Slow(drawn.Pool):
     def encode_media(self, encoders, pixels):
@@ -319,7 +376,7 @@ class Slow(drawn.Pool):
         return super().encode_media(encoders, pixels)
 config = drawn.config_of(Path(sys.argv[2]), Path(sys.argv[3]), frames=[1, 17])
 # Shards as often as a real run of minutes would finish them.
-encode.ShardWriter = lambda folder: cache.ShardWriter(folder, seconds=0.2)
+encoder.ShardWriter = lambda folder: cache.ShardWriter(folder, seconds=0.2)
 encode.prepare_data(config, Slow(), config.data.folders, device=torch.device("cpu"))
 print("done", flush=True)
 """
