@@ -23,6 +23,7 @@ TEXT: dict[str, dict[str, tuple[int, ...]]] = {
     "chroma": {"text": (512, 4096), "attended": (512,)},
     "cosmos": {"text": (512, 1024)},
     "flux": {"text": (512, 4096), "pooled": (768,)},
+    "flux-kontext": {"text": (512, 4096), "pooled": (768,)},
     "hunyuan-video": {"text": (256, 4096), "text_mask": (256,), "pooled": (768,)},
     "ltx-video": {"text": (128, 4096), "attended": (128,)},
     "lumina2": {"text": (256, 2304), "text_mask": (256,)},
@@ -36,6 +37,7 @@ USUAL: dict[str, tuple[int, int, int]] = {
     "chroma": (1024, 1024, 1),
     "cosmos": (704, 1280, 49),
     "flux": (1024, 1024, 1),
+    "flux-kontext": (1024, 1024, 1),
     "hunyuan-video": (544, 960, 49),
     "ltx-video": (512, 768, 49),
     "lumina2": (1024, 1024, 1),
@@ -71,6 +73,8 @@ def cached(model: DiffusionModel, height: int, width: int, frames: int, number: 
     cells = (height // shape.spatial, width // shape.spatial)
     latent = (CHANNELS.get(model.name, 16), *(((frames - 1) // shape.temporal + 1,) if shape.fps else ()), *cells)
     batch: dict[str, Tensor] = {"latents": torch.randn((1, *latent), generator=generator)}
+    if model.takes_controls:
+        batch["control_latents"] = torch.randn((1, *latent), generator=generator)
     if model.name == "wan-i2v":
         batch |= {"condition": torch.randn((1, *latent), generator=generator), "image": torch.randn((1, 257, 1280), generator=generator)}
     for name, size in TEXT[model.name].items():

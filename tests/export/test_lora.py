@@ -42,6 +42,7 @@ def deltas(tensors: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:
 LOADED = [
     pytest.param("chroma", "diffusers", id="chroma"),
     pytest.param("flux", "diffusers", id="flux"),
+    pytest.param("flux-kontext", "diffusers", id="flux-kontext"),
     pytest.param("hunyuan-video", "diffusers", id="hunyuan-video"),
     pytest.param("ltx-video", "diffusers", id="ltx-video"),
     pytest.param("ltx-video", "comfyui", id="ltx-video-original-names"),

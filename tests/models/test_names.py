@@ -25,6 +25,7 @@ RELEASED: dict[str, dict[str, tuple[dict[str, Any], int]]] = {
     # lodestone-rock/flow's src/models/chroma/model.py.
     "chroma": {"1": ({}, 643)},
     "flux": {"dev": ({}, 780), "schnell": ({"guidance_embeds": False}, 776)},
+    "flux-kontext": {"dev": ({}, 780)},
     # 24 tensors in each of 20 double blocks and 8 in each of 40 single ones (others counted these 480 and 320 in Comfy-Org's file), 14 in
     # each of 2 refiners and 28 beside them.
     "hunyuan-video": {"t2v": ({}, 856)},
