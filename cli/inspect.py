@@ -41,13 +41,12 @@ def show(survey: Survey, console) -> None:
     """One set's buckets, captions and what is left out."""
     from rich.table import Table
 
-    trained = survey.steps > 0
-    title = f"{survey.name}: {len(survey.samples)} samples" + (f", {survey.steps} steps in the first epoch" if trained else "")
+    title = f"{survey.name}: {len(survey.samples)} samples" + (f", {survey.steps} steps in the first epoch" if survey.trains else "")
     table = Table(title=title, title_justify="left")
-    for head in ("frames x height x width", "samples", *(("shown an epoch", "steps", "left for the next epoch") if trained else ())):
+    for head in ("frames x height x width", "samples", *(("shown an epoch", "steps", "left for the next epoch") if survey.trains else ())):
         table.add_column(head, justify="right")
     for row in survey.buckets:
-        more = (row.shown, row.steps, row.leftover) if trained else ()
+        more = (row.shown, row.steps, row.leftover) if survey.trains else ()
         table.add_row(str(row.bucket), str(row.samples), *map(str, more))
     console.print(table)
     for line in survey.caption_lines():

@@ -52,13 +52,15 @@ class Survey:
     """What one set of folders holds.
 
     Attributes:
-        buckets: with what an epoch does with them, where the set is trained on.
+        trains: whether it is the set that is trained on.
+        buckets: with what an epoch does with them, where it is.
         words: of each sample's first caption.
         captionless: names of files without a caption.
         fps: rate that clips are taken at, None where the family takes none.
     """
 
     name: str
+    trains: bool
     fps: float | None
     samples: list[Sample]
     buckets: list[BucketRow]
@@ -96,6 +98,7 @@ def _survey(name: str, folders: list[FolderBase], config: Config, model: Diffusi
     samples, misplaced = place(found.clips, config, model, folders)
     return Survey(
         name=name,
+        trains=name == TRAIN,
         fps=model.geometry.fps,
         samples=samples,
         buckets=_epoch(samples, config) if name == TRAIN else [BucketRow(b, len(held)) for b, held in _by_bucket(samples)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tarfile
+import zlib
 from pathlib import Path
 
 import av
@@ -135,6 +136,16 @@ def test_text_that_calls_itself_an_image_is_refused(tmp_path: Path) -> None:
     for name in ("a.jpg", "empty.png"):
         with pytest.raises(MediaError):
             probe(tmp_path / name)
+
+
+def test_a_picture_that_claims_to_be_vast_is_refused_unread(tmp_path: Path) -> None:
+    draw_image(tmp_path / "a.png", (8, 8))
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[16:24] = (60_000).to_bytes(4, "big") * 2  # width and height in its first chunk, IHDR, whose checksum follows
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(content)
+    with pytest.raises(MediaError, match="too large to open safely"):
+        probe(tmp_path / "bomb.png")
 
 
 def test_what_a_file_is_follows_from_its_suffix() -> None:
