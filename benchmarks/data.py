@@ -3,6 +3,7 @@
 python benchmarks/data.py cache   [--entries 1000000]   # needs: pip install datasets
 python benchmarks/data.py recache [--captions 10000]
 python benchmarks/data.py decode
+python benchmarks/data.py loader
 """
 
 from __future__ import annotations
@@ -25,15 +26,18 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from diffpipe.config.load import load_config  # noqa: E402
 from diffpipe.config.schema import Config  # noqa: E402
 from diffpipe.data.buckets import Bucket  # noqa: E402
 from diffpipe.data.cache import Cache, ShardWriter, key_of  # noqa: E402
 from diffpipe.data.files import File  # noqa: E402
 from diffpipe.data.media import probe, read  # noqa: E402
 from diffpipe.encode import prepare_data  # noqa: E402
+from diffpipe.metrics import EvalRecord, Progress, StepRecord  # noqa: E402
 from diffpipe.models import make_model  # noqa: E402
 from diffpipe.toy import materialize  # noqa: E402
 from diffpipe.toy.media import draw, write_clip  # noqa: E402
+from diffpipe.train import train  # noqa: E402
 
 SHAPE = (4, 8, 8)  # a latent of 1 KiB, so that finding it is what takes time
 
@@ -159,9 +163,38 @@ def decode(work: Path) -> None:
     print(", ".join(f"at {s} s {timed(lambda s=s: read(File(file), Bucket(81, 256, 448), 16.0, s)):.2f} s" for s in (0.0, 30.0, 100.0)))
 
 
+class _Times:
+    """A sink that keeps what each step took and how long it waited for data."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append((record.step_time, record.data_time))
+
+    def evaluation(self, record: EvalRecord) -> None: ...
+    def note(self, text: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def close(self) -> None: ...
+
+
+def loader(work: Path) -> None:
+    """How much of a step waits for data, with everything cached."""
+    for workers in (0, 2):
+        settings = [f"output_dir={work}", "mesh.stages=1", "run.steps=60", f"data.workers={workers}", "eval.sets=[]"]
+        config = load_config(ROOT / "configs" / "quickstart.yaml", settings)
+        times = _Times()
+        train(config, resume=None, make_sinks=lambda sink=times: [sink])
+        steps = times.steps[5:]
+        whole, waited = (sum(s[i] for s in steps) for i in (0, 1))
+        print(
+            f"{workers} workers: {len(steps)} steps of {whole / len(steps):.3f} s, {waited / whole:.2%} of it waiting for data", flush=True
+        )
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=["cache", "recache", "decode"])
+    options.add_argument("what", choices=["cache", "recache", "decode", "loader"])
     options.add_argument("--entries", type=int, default=1_000_000)
     options.add_argument("--reads", type=int, default=20_000)
     options.add_argument("--captions", type=int, default=10_000)
@@ -172,6 +205,8 @@ def main() -> None:
             cache(given.entries, given.reads, work)
         elif given.what == "recache":
             recache(given.captions, work)
+        elif given.what == "loader":
+            loader(work)
         else:
             decode(work)
     finally:
