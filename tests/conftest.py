@@ -26,6 +26,12 @@ def _free_port() -> int:
         return s.getsockname()[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start several processes come first, for they take longest and one worker runs a whole file."""
+    launching = {item.path for item in items if "world" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path not in launching)
+
+
 @pytest.fixture(scope="session")
 def world() -> World:
     """Runs a Python program in several processes as torchrun does; gives the finished process."""
