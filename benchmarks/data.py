@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +65,12 @@ def cache(entries: int, reads: int, work: Path) -> None:
         for i, key in enumerate(keys):
             writer.add(key, {"latents": values[i % 256]})
     Cache(ours).write_index()
-    rows = ({"latents": values[i % 256].numpy()} for i in range(entries))
+
+    def rows() -> Iterator[dict[str, np.ndarray]]:
+        yield from ({"latents": values[i % 256].numpy()} for i in range(entries))
+
     features = datasets.Features({"latents": datasets.Array3D(SHAPE, "float32")})
-    datasets.Dataset.from_generator(lambda: rows, features=features, cache_dir=str(work / "hf")).save_to_disk(arrow)
+    datasets.Dataset.from_generator(rows, features=features, cache_dir=str(work / "hf")).save_to_disk(arrow)
     for i, key in enumerate(keys):
         place = files / key[:2]
         place.mkdir(parents=True, exist_ok=True)
