@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from diffpipe.errors import CheckpointError
-from diffpipe.optim import restore_state, state_of
+from diffpipe.optim.state import restore_state, state_of
 from diffpipe.pipeline.mesh import Mesh
 
 STATE = "state.json"  # written last: a folder without it is no checkpoint

@@ -151,7 +151,18 @@ class GroupConfig(Section):
 
 
 class OptimizerConfig(Section):
-    kind: Literal["adamw", "adamw8bit"] = Field(default="adamw", description="`adamw` (torch) or `adamw8bit` (bitsandbytes).")
+    kind: str = Field(
+        default="adamw",
+        min_length=1,
+        description="`adamw` (torch), `adamw8bit` (bitsandbytes), `adamw8bit-kahan` (the same, whose small steps move 16-bit weights"
+        " too), or any of the pytorch-optimizer package, such as `prodigy`, `adafactor`, `muon`, `lion`, `came`.",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of that optimizer.")
+    rounding: Literal["nearest", "stochastic"] = Field(
+        default="nearest",
+        description="How `adamw` puts a step into bfloat16 weights (model.trainable_dtype): `stochastic` rounds by chance, so that small"
+        " steps are not lost; its averages are then bfloat16 too.",
+    )
     lr: float = Field(default=1e-4, gt=0, description="Learning rate after warm-up.")
     betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay rates of the two moment averages.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")

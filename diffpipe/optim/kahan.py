@@ -1,0 +1,40 @@
+"""8-bit AdamW for weights of 16 bits that small steps still move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from bitsandbytes.optim import AdamW8bit
+from torch import nn
+
+
+class AdamW8bitKahan(AdamW8bit):
+    """AdamW8bit that carries what a 16-bit weight cannot hold of its updates on to the next ones, by Kahan's summation.
+
+    It adds a ``compensation`` of the weight's own type to the state. Weights of 32 bits are stepped as by AdamW8bit.
+    """
+
+    @torch.no_grad()
+    def init_state(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+        super().init_state(group, p, gindex, pindex)
+        if p.dtype != torch.float32:
+            self.state[p]["compensation"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
+        owed = self.state[p].get("compensation")
+        if owed is None:
+            super().update_step(group, p, gindex, pindex)
+            return
+        weight, decay = p.data, group["weight_decay"]
+        # The decay belongs to the weight; the library would take it from what it is given to step, which is what is owed.
+        owed.add_(weight, alpha=-group["lr"] * decay)
+        group["weight_decay"], p.data = 0.0, owed
+        try:
+            super().update_step(group, p, gindex, pindex)
+        finally:
+            group["weight_decay"], p.data = decay, weight
+        before = weight.clone()
+        weight.add_(owed)
+        owed.add_(before.sub_(weight))

@@ -1,0 +1,85 @@
+"""Optimizers of other packages: bitsandbytes' 8-bit AdamW, and all of pytorch-optimizer by name."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from torch.optim import Optimizer
+
+from diffpipe.config.schema import OptimizerConfig
+from diffpipe.errors import ConfigError
+
+# They want more than gradients (the model, the loss again, its curvature, pairs of matrices in order, matrices alone), wrap another
+# optimizer, or do the backward pass or the exchange between ranks themselves.
+SPECIAL = frozenset(
+    "adahessian adalomo adammini alig bsam demo distributedmuon lbfgs lomo lorarite magma sophiah spectralsphere".split()  # noqa: SIM905
+)
+
+
+def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    """The optimizer that ``config.kind`` names, over groups with rates and decays of their own.
+
+    Raises:
+        ConfigError: when there is none of that name, it cannot be used here, or does not know an option.
+    """
+    kind = _eight_bit(config.kind) if config.kind.startswith("adamw8bit") else _by_name(config.kind)
+    known = inspect.signature(kind).parameters
+    given: dict[str, Any] = {"lr": config.lr}
+    # Each has defaults of its own, so that only what the config says is given.
+    given |= {name: getattr(config, name) for name in ("betas", "eps") if name in config.model_fields_set}
+    given |= config.options
+    own = {"params", "lr", "weight_decay", "kwargs", "args"}
+    for name in given:
+        if name not in known or (name in config.options and name in own):
+            raise ConfigError(
+                f"{config.kind} has no option {name!r}",
+                where=f"optimizer.{'options' if name in config.options else name}",
+                expected=", ".join(sorted(set(known) - own)),
+            )
+    for group in groups:
+        group["use_muon"] = all(p.ndim > 1 for p in group["params"])  # for those that step matrices and vectors differently
+    try:
+        return kind(groups, **given)
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(f"{config.kind} refuses its options: {fault}", where="optimizer.options") from fault
+
+
+def _eight_bit(kind: str) -> type[Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as missing:
+        raise ConfigError(
+            "bitsandbytes is not installed here",
+            where="optimizer.kind",
+            expected=f"{kind} needs it",
+            fix="pip install bitsandbytes, or take adamw",
+        ) from missing
+    if kind == "adamw8bit":
+        return AdamW8bit
+    from diffpipe.optim.kahan import AdamW8bitKahan
+
+    return AdamW8bitKahan
+
+
+def _by_name(kind: str) -> type[Optimizer]:
+    from pytorch_optimizer import get_supported_optimizers, load_optimizer
+
+    names = {"adamw", "adamw8bit", "adamw8bit-kahan", *get_supported_optimizers()} - SPECIAL
+    if kind not in names:
+        near = difflib.get_close_matches(kind, names, 1, 0.6)
+        raise ConfigError(
+            f"{kind} cannot be used here" if kind in SPECIAL else f"there is no optimizer {kind!r}",
+            where="optimizer.kind",
+            expected=", ".join(sorted(names)),
+            fix=f"did you mean {near[0]}?" if near and kind not in SPECIAL else "name one of these",
+        )
+    found: Any = load_optimizer(kind)
+    if hasattr(found, "eval"):
+        raise ConfigError(
+            f"{kind} trains other weights than it means to be used, which checkpoints and exports here would hold",
+            where="optimizer.kind",
+            fix="take another one",
+        )
+    return found
