@@ -41,6 +41,10 @@ def test_all_faults_are_in_one_report_with_what_was_probably_meant(tmp_path: Pat
         ("- 1", "not keys and values"),
         ("run: {steps: 1}\nrun: {steps: 2}", "written twice"),
         ("run: {steps: 1}", "model: is missing"),
+        (
+            "run: {steps: 1}\ndata: {folders: [{path: x}]}\nmodel: {family: flux, dtype: float32, trainable_dtype: bfloat16}",
+            "trainable_dtype is bfloat16, must be float32 or that of the computation, float32",
+        ),
     ],
 )
 def test_a_file_that_is_no_config_says_why(tmp_path: Path, text: str, told: str) -> None:

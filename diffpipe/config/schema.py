@@ -76,7 +76,7 @@ class ModelConfig(Section):
     merge: list[MergeConfig] = Field(default_factory=list, description="LoRAs added to the denoiser's weights before training.")
     dtype: DType = Field(default="bfloat16", description="Type of computation, and of weights that are not trained.")
     trainable_dtype: DType = Field(
-        default="float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept."
+        default="float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept: float32, or as dtype."
     )
     attention: Literal["sdpa", "cudnn"] = Field(
         default="sdpa",
@@ -88,6 +88,12 @@ class ModelConfig(Section):
         default=False,
         description="Train the text encoders too (SDXL); `optimizer.groups` that match `^text_encoder` give them rates of their own.",
     )
+
+    @model_validator(mode="after")
+    def _types_fit(self) -> ModelConfig:
+        if self.trainable_dtype not in ("float32", self.dtype):
+            raise ValueError(f"trainable_dtype is {self.trainable_dtype}, must be float32 or that of the computation, {self.dtype}")
+        return self
 
 
 class ObjectiveConfig(Section):
