@@ -23,6 +23,7 @@ from diffpipe.data.workers import told_of_death, worker_context
 from diffpipe.errors import DiffpipeError, MediaError
 from diffpipe.metrics import Progress
 from diffpipe.models.base import DiffusionModel, Geometry
+from diffpipe.pipeline.memory.shortage import explained
 
 CLAIM = 8  # entries that a rank takes from the common work at a time
 
@@ -150,7 +151,12 @@ class Encoder:
         encoders = self._model.load_encoders(self._device) if by_kind["media"] or by_kind["text"] else None
         faults: dict[str, MediaError] = {}
         try:
-            with torch.inference_mode(), ShardWriter(cache_folder(self._config)) as writer:
+            fixes = ("data.encode_batch: 1", "smaller data.resolutions or data.frames", "a card with more memory")
+            with (
+                explained("the encoding", self._device, fixes),
+                torch.inference_mode(),
+                ShardWriter(cache_folder(self._config)) as writer,
+            ):
                 self._media(by_kind["media"], encoders, writer, faults)
                 self._masks(by_kind["mask"], writer, faults)
                 self._texts(by_kind["text"], encoders, writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,7 @@ from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
+from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.run import Run, open_run
@@ -62,7 +64,8 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         check_formats(config, model)
         samples, held_out = open_data(config, model, mesh, sinks)
         torch.manual_seed(config.run.seed + mesh.rank)
-        pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
+        with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
+            pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
         Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
     except DiffpipeError as fault:
         sinks.note(str(fault))
@@ -215,7 +218,8 @@ class Trainer:
         batch = next(self.feed)
         read = time.perf_counter()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
-        share = self.pipeline.train(batch.microbatches)
+        with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
+            share = self.pipeline.train(batch.microbatches)
         self.feed.fetch_ahead()
         ran = self._now()
         gradients, counted = self.pipeline.gradients()
@@ -232,6 +236,9 @@ class Trainer:
         end = self._now()
         computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
         return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+
+    def _explained(self, doing: str) -> AbstractContextManager[None]:
+        return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
 
     def _record(
         self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float
@@ -286,7 +293,8 @@ class Trainer:
                 replicas=self.mesh.replicas,
                 normalize_masks=self.config.data.normalize_masks,
             ):
-                loss = self.pipeline.evaluate(batch.microbatches).item()
+                with self._explained(f"the evaluation of bucket {batch.bucket}"):
+                    loss = self.pipeline.evaluate(batch.microbatches).item()
                 quantile = batch.quantile or 0.0
                 if self.mesh.stage == self.mesh.stages - 1:
                     sums[quantile][0] += loss * len(batch.samples)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import yaml
 
+from diffpipe.errors import DiffpipeError
 from diffpipe.models import MODELS
+from diffpipe.train import train
 from tests.conftest import World
 from tests.pipeline.test_memory import POLICIES, steps_of
 from tests.pipeline.test_memory import config_of as config_with
-from tests.runs_program import config_of
+from tests.runs_program import config_of, prepared
 from tests.test_train import losses
 
 pytestmark = pytest.mark.gpu
@@ -72,3 +74,15 @@ for _ in range(20):
     assert all(g.isfinite().all() for g in gradients)
 """
     world(1, "-c", program)
+
+
+def test_a_step_that_does_not_fit_ends_with_what_would_make_it_fit(tmp_path: Path) -> None:
+    config = prepared("flux", "lora", tmp_path, 1)
+    torch.cuda.set_per_process_memory_fraction(64 * 2**20 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        folders = [f.model_copy(update={"resolutions": [2048]}) for f in config.data.folders]
+        large = config.model_copy(update={"data": config.data.model_copy(update={"folders": folders})})
+        with pytest.raises(DiffpipeError, match=r"the memory of cuda:0 ran out in [\s\S]*which asked for [\s\S]*fix: "):
+            train(large, resume=None, make_sinks=list)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)

@@ -1,0 +1,66 @@
+"""What a person should know and change when a device has no memory left."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from diffpipe.config.schema import Config
+from diffpipe.errors import DiffpipeError
+
+GIB = 1 << 30
+
+
+@contextmanager
+def explained(doing: str, device: torch.device, fixes: Iterable[str]) -> Iterator[None]:
+    """Turns a shortage of device memory into a fault that says what was asked for, what is held and what would make it fit.
+
+    Args:
+        doing: in what the memory may run out, such as the bucket of a step.
+    """
+    try:
+        yield
+    except RuntimeError as fault:
+        if (shortage := _shortage_in(fault)) is None:
+            raise
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(shortage))
+        found = f"the memory of {device} ran out in {doing}" + (f", which asked for {asked[1]}" if asked else "") + _held(device)
+        raise DiffpipeError(found, where="memory", fix="; or ".join(fixes)) from fault
+
+
+def _shortage_in(fault: BaseException) -> torch.OutOfMemoryError | None:
+    """The shortage that ``fault`` is, or was raised for: torch's pipelining wraps what a stage raises."""
+    cause: BaseException | None = fault
+    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
+        cause = cause.__cause__ or cause.__context__
+    return cause
+
+
+def _held(device: torch.device) -> str:
+    if device.type != "cuda":
+        return ""
+    free, whole = torch.cuda.mem_get_info(device)
+    held, kept = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    return f"; {free / GIB:.2f} of {whole / GIB:.2f} GiB are free, {held / GIB:.2f} in tensors, {(kept - held) / GIB:.2f} lie between them"
+
+
+def remedies(config: Config) -> Iterator[str]:
+    """What is left to set, what costs least time first."""
+    memory = config.memory
+    if memory.recompute != "block" or memory.recompute_every > 1:
+        yield "memory.recompute: block with recompute_every: 1"
+    if config.adapter is not None and memory.quantize == "none":
+        yield "memory.quantize: fp8"
+    if config.adapter is None and config.optimizer.kind == "adamw":
+        yield "optimizer.kind: adamw8bit"
+    if config.batch.micro > 1:
+        yield f"batch.micro: 1 with batch.accumulate: {config.batch.micro * config.batch.accumulate}"
+    if config.adapter is not None and memory.swap != "all":
+        yield "memory.swap: all"
+    if not memory.offload:
+        yield "memory.offload: true"
+    yield "more mesh.stages"
+    yield "smaller data.resolutions or data.frames"
