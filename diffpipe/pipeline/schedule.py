@@ -71,8 +71,8 @@ class Pipeline:
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
         count = len(microbatches)
         kind = Schedule1F1B if count >= mesh.stages else ScheduleGPipe
-        # scale_grads would divide what earlier steps left in .grad; the loss divides itself.
-        schedule = kind(self._torch_stage(before, after), count, loss_fn=self.stage.loss, scale_grads=False)
+        # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
+        schedule = kind(self._torch_stage(before, after), count, loss_fn=lambda loss, number: loss, scale_grads=False)
         numbers = torch.arange(count)
         losses: list[Tensor] = []
         self.memory.begin((torch.is_grad_enabled(), count))
@@ -84,14 +84,13 @@ class Pipeline:
         return torch.stack([loss.detach() for loss in losses]).sum()
 
     def _torch_stage(self, before: Border, after: Border) -> PipelineStage:
-        # torch wants to know of some output; it does not look at the last stage's.
         return PipelineStage(
             self.stage,
             self.mesh.stage,
             self.mesh.stages,
             self.mesh.device,
             input_args=before.tensors,
-            output_args=after.tensors or torch.empty(0, device="meta"),
+            output_args=after.tensors or torch.empty((), device="meta"),
             group=self.mesh.stage_group,
         )
 

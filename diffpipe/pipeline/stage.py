@@ -96,24 +96,22 @@ class Stage(nn.Module):
         self.clock = Clock(device)
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """What crosses to the next stage; on the last the microbatch's share of the step's loss, whose shape is always known."""
         self.clock.start()
-        inputs, _ = self.inputs.microbatches[int(microbatch)]
+        inputs, targets = self.inputs.microbatches[int(microbatch)]
         unused = self.inputs.unused[int(microbatch)]
         arrived = tuple(_Wire.apply(t, self.clock.stop) if t.requires_grad else t for t in payload)
         arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
         with self.precision():
             sent, _ = self.part(arrived, self.inputs.layout, inputs)
         if self.part.last:
-            return sent if len(sent) > 1 else sent[0]
+            return self._share(sent, targets)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
         out = tuple(_Wire.apply(t, self.clock.start) if t.requires_grad else t.contiguous() for t in sent)
         self.clock.stop()
         return out
 
-    def loss(self, output: Tensor | tuple[Tensor, ...], microbatch: Tensor) -> Tensor:
-        """The microbatch's share of the step's loss."""
-        _, targets = self.inputs.microbatches[int(microbatch)]
-        outputs = output if isinstance(output, tuple) else (output,)
+    def _share(self, outputs: tuple[Tensor, ...], targets: Targets) -> Tensor:
         total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta) / len(self.inputs.microbatches)
         if total.requires_grad:
             total.register_hook(self._backward_begins)
