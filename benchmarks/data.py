@@ -4,6 +4,7 @@ python benchmarks/data.py cache   [--entries 1000000]   # needs: pip install dat
 python benchmarks/data.py recache [--captions 10000]
 python benchmarks/data.py decode
 python benchmarks/data.py loader
+python benchmarks/data.py reading
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from diffpipe.config.load import load_config  # noqa: E402
-from diffpipe.config.schema import Config  # noqa: E402
+from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig  # noqa: E402
 from diffpipe.data.buckets import Bucket  # noqa: E402
 from diffpipe.data.cache import Cache, ShardWriter, key_of  # noqa: E402
+from diffpipe.data.dataset import Sample, Samples  # noqa: E402
 from diffpipe.data.files import File  # noqa: E402
+from diffpipe.data.loader import make_loader  # noqa: E402
 from diffpipe.data.media import probe, read  # noqa: E402
+from diffpipe.data.sampler import StepSampler  # noqa: E402
 from diffpipe.encode import prepare_data  # noqa: E402
 from diffpipe.metrics import EvalRecord, Progress, StepRecord  # noqa: E402
 from diffpipe.models import make_model  # noqa: E402
@@ -39,6 +43,7 @@ from diffpipe.toy import materialize  # noqa: E402
 from diffpipe.toy.media import draw, write_clip  # noqa: E402
 from diffpipe.train import train  # noqa: E402
 
+STEP = 0.565  # seconds, Flux at 1024x1024 in fp8 as benchmarks/RESULTS.md has it
 SHAPE = (4, 8, 8)  # a latent of 1 KiB, so that finding it is what takes time
 
 
@@ -195,9 +200,31 @@ def loader(work: Path) -> None:
         )
 
 
+def reading(work: Path) -> None:
+    """What a step waits for data of real size (Flux at 1024x1024, captions of 512 tokens) beside a step of an H100's length."""
+    model = make_model(ModelConfig(family="flux"), ObjectiveConfig())
+    entries: list[Sample] = []
+    with ShardWriter(work) as writer:
+        for i in range(64):
+            media, text = key_of("media", str(i)), key_of("text", str(i))
+            writer.add(media, {"latents": torch.randn(16, 128, 128)})
+            writer.add(text, {"text": torch.randn(512, 4096).bfloat16(), "pooled": torch.randn(768).bfloat16()})
+            entries.append(Sample(File(work / f"{i}.png"), ("",), Bucket(1, 1024, 1024), 1.0, media, (text,)))
+    samples = Samples(entries, Cache(work))
+    sampler = StepSampler(samples.buckets, samples.repeats, micro=1, accumulate=1, seed=0)
+    for workers in (0, 2):
+        loader = make_loader(samples, sampler, model, micro=1, seed=0, workers=workers)
+        waited = 0.0
+        for step in range(35):
+            time.sleep(STEP)  # the card computes, the process has nothing to do
+            took = timed(lambda feed=loader: next(feed))
+            waited += took if step >= 5 else 0.0
+        print(f"{workers} workers: {waited / 30 * 1000:.1f} ms a step, {waited / 30 / (STEP + waited / 30):.2%} of it", flush=True)
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("what", choices=["cache", "recache", "decode", "loader"])
+    options.add_argument("what", choices=["cache", "recache", "decode", "loader", "reading"])
     options.add_argument("--entries", type=int, default=1_000_000)
     options.add_argument("--reads", type=int, default=20_000)
     options.add_argument("--captions", type=int, default=10_000)
@@ -210,6 +237,8 @@ def main() -> None:
             recache(given.captions, work)
         elif given.what == "loader":
             loader(work)
+        elif given.what == "reading":
+            reading(work)
         else:
             decode(work)
     finally:
