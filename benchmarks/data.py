@@ -32,6 +32,7 @@ from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig  # noqa:
 from diffpipe.data.buckets import Bucket  # noqa: E402
 from diffpipe.data.cache import Cache, ShardWriter, key_of  # noqa: E402
 from diffpipe.data.dataset import Sample, Samples  # noqa: E402
+from diffpipe.data.feed import Feed  # noqa: E402
 from diffpipe.data.files import File  # noqa: E402
 from diffpipe.data.loader import make_loader  # noqa: E402
 from diffpipe.data.media import probe, read  # noqa: E402
@@ -213,11 +214,12 @@ def reading(work: Path) -> None:
     samples = Samples(entries, Cache(work))
     sampler = StepSampler(samples.buckets, samples.repeats, micro=1, accumulate=1, seed=0)
     for workers in (0, 2):
-        loader = make_loader(samples, sampler, model, micro=1, seed=0, workers=workers)
+        feed = Feed(make_loader(samples, sampler, model, micro=1, seed=0, workers=workers), torch.device("cpu"))
         waited = 0.0
         for step in range(35):
+            took = timed(lambda feed=feed: next(feed))
+            feed.fetch_ahead()
             time.sleep(STEP)  # the card computes, the process has nothing to do
-            took = timed(lambda feed=loader: next(feed))
             waited += took if step >= 5 else 0.0
         print(f"{workers} workers: {waited / 30 * 1000:.1f} ms a step, {waited / 30 / (STEP + waited / 30):.2%} of it", flush=True)
 

@@ -19,6 +19,7 @@ from diffpipe.data.dataset import Samples
 from diffpipe.data.feed import Feed
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
+from diffpipe.data.workers import told_of_death
 from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.run import check_formats, export_weights
@@ -196,7 +197,8 @@ class Trainer:
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:
-            record = self.take_step()
+            with told_of_death("data.workers"):
+                record = self.take_step()
             if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
             last = self.step == self.total
@@ -217,10 +219,11 @@ class Trainer:
         begin = time.perf_counter()
         batch = next(self.feed)
         read = time.perf_counter()
+        if self.step + 1 < self.total:
+            self.feed.fetch_ahead()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
         with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
             share = self.pipeline.train(batch.microbatches)
-        self.feed.fetch_ahead()
         ran = self._now()
         gradients, counted = self.pipeline.gradients()
         self.mesh.mean_over_replicas(gradients)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +16,19 @@ from diffpipe.data.loader import Batch, Loader
 class Feed:
     """A loader's batches with their tensors on a device.
 
-    On CUDA, ``fetch_ahead`` starts the copies of the next batch on a stream of their own; elsewhere nothing is moved.
+    ``fetch_ahead`` takes the next batch from the workers in a thread and, on CUDA, starts its copies on a stream of their own, so
+    that a step waits for neither.
     """
 
     def __init__(self, loader: Loader, device: torch.device) -> None:
         self._loader, self._device = loader, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._ahead: tuple[Batch, dict[str, Any]] | None = None
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._ahead: Future[tuple[Batch, dict[str, Any]]] | None = None
         self._place = loader.state_dict()
 
     def __next__(self) -> Batch:
-        batch, self._place = self._ahead or self._fetch()
+        batch, self._place = self._fetch() if self._ahead is None else self._ahead.result()
         self._ahead = None
         if self._stream is not None:
             current = torch.cuda.current_stream(self._device)
@@ -36,9 +39,9 @@ class Feed:
         return batch
 
     def fetch_ahead(self) -> None:
-        """Take the next batch from the workers and start to copy it; called once a step's work is on its way."""
-        if self._stream is not None and self._ahead is None:
-            self._ahead = self._fetch()
+        """Begin with the next batch."""
+        if self._ahead is None:
+            self._ahead = self._thread.submit(self._fetch)
 
     def state_dict(self) -> dict[str, Any]:
         """The place after the last batch handed out."""
@@ -46,7 +49,9 @@ class Feed:
 
     def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Go on after the batch at which ``state`` was taken; gives what a person should know when that was not possible."""
-        self._ahead = None
+        if self._ahead is not None:
+            self._ahead.result()
+            self._ahead = None
         note = self._loader.load_state_dict(state)
         self._place = self._loader.state_dict()
         return note

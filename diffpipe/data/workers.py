@@ -31,11 +31,19 @@ def told_of_death(key: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as fault:
-        if isinstance(fault, RuntimeError) and "DataLoader worker" not in str(fault):
+        if (death := _death_in(fault)) is None:
             raise
         raise DiffpipeError(
-            f"a worker process was ended from outside: {(str(fault) or type(fault).__name__).splitlines()[0]}",
+            f"a worker process was ended from outside: {(str(death) or type(death).__name__).splitlines()[0]}",
             where=key,
             expected="enough memory for each worker; the system ends one when it runs out",
             fix=f"lower {key}, then run again; nothing that was finished is lost",
         ) from fault
+
+
+def _death_in(fault: BaseException) -> BaseException | None:
+    """What tells of a worker's end: torch raises it wherever the process is just then, and others may have wrapped it."""
+    cause: BaseException | None = fault
+    while isinstance(cause, RuntimeError) and "DataLoader worker" not in str(cause):
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, RuntimeError | EOFError | ConnectionError) else None

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.cache import Cache, ShardWriter, key_of
 from diffpipe.data.dataset import Sample, Samples
+from diffpipe.data.feed import Feed
 from diffpipe.data.files import File
 from diffpipe.data.loader import Batch, Loader, Steps, eval_batches, make_loader
 from diffpipe.data.sampler import Example, Step, StepSampler
+from diffpipe.data.workers import told_of_death
+from diffpipe.errors import DiffpipeError
 from diffpipe.flow import Key
 from tests.drawn import Pool
 
@@ -154,3 +160,33 @@ def test_samples_know_how_their_pictures_were_framed(samples: Samples) -> None:
     samples.entries[1] = replace(samples.entries[1], source=(300, 400))
     # 300 x 400 covers 32 x 64 at 48 x 64, of which 8 rows are cut off at the top.
     assert samples.read(1, Key(0, 0, 1, 0))["framing"].tolist() == [300, 400, 8, 0, 32, 64]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_feed_that_fetches_ahead_gives_the_loaders_batches_and_knows_the_place_of_the_last_in_use(samples: Samples, workers: int) -> None:
+    expected = list(islice(open_loader(samples, 0), 6))
+    feed = Feed(open_loader(samples, workers), torch.device("cpu"))
+    for batch in expected[:4]:
+        got = next(feed)
+        feed.fetch_ahead()
+        assert same(got, batch)
+    state = json.loads(json.dumps(feed.state_dict()))
+    other = Feed(open_loader(samples, workers), torch.device("cpu"))
+    next(other)
+    other.fetch_ahead()
+    assert other.load_state_dict(state) is None
+    assert all(same(next(other), batch) for batch in expected[4:])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_a_worker_that_is_killed_while_a_step_computes_ends_it_with_the_cure(samples: Samples) -> None:
+    feed = Feed(open_loader(samples, 1), torch.device("cpu"))
+    next(feed)
+    with pytest.raises(DiffpipeError, match=r"data\.workers: a worker process was ended from outside"), told_of_death("data.workers"):
+        for worker in psutil.Process().children(recursive=True):
+            if "resource_tracker" not in " ".join(worker.cmdline()):
+                worker.kill()
+        for _ in range(30):
+            feed.fetch_ahead()
+            time.sleep(0.1)  # the step
+            next(feed)
