@@ -164,7 +164,7 @@ def look(
 
 def make_samples(entries: list[Sample], cache: Cache, model: DiffusionModel) -> Samples:
     """The samples over a cache that holds them."""
-    empty = text_key("", model.identity("text")) if any(e.dropout for e in entries) else None
+    empty = text_key("", model) if any(e.dropout for e in entries) else None
     return Samples(entries, cache, empty, model.geometry.spatial)
 
 
@@ -179,7 +179,7 @@ def place(
     """One sample for each clip, part of it and resolution, with the keys of its entries."""
     options = [config.data.of(f) for f in folders]
     buckets = [make_buckets(o, model.geometry) for o in options]
-    seen_by, read_by, rate = model.identity("media"), model.identity("text"), model.geometry.fps
+    seen_by, rate = model.identity("media"), model.geometry.fps
     keys: dict[str, str] = {}
     entries, dropped = [], []
     for clip in clips:
@@ -188,7 +188,7 @@ def place(
             for span in clip.spans:
                 shown = tuple(v for text in span.texts or ("",) for v in variants(text, said))
                 for text in shown:
-                    keys.setdefault(text, text_key(text, read_by))
+                    keys.setdefault(text, text_key(text, model))
                 for placed in buckets[clip.folder].place(clip.info, span.start, span.end):
                     bucket, start = placed.bucket, placed.start
                     when = "" if start is None else f" from {start:.6f} s at {rate:g} fps"

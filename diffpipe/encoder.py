@@ -34,9 +34,9 @@ def cache_folder(config: Config) -> Path:
     return config.data.cache_dir or config.output_dir / "cache"
 
 
-def text_key(text: str, identity: str) -> str:
-    """Where a caption's tensors lie, ``identity`` being the family's of "text"."""
-    return key_of("text", text, identity)
+def text_key(text: str, model: DiffusionModel) -> str:
+    """Where a caption's tensors lie."""
+    return key_of("text", text, model.identity("text"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def tasks_of(entries: Sequence[Sample], model: DiffusionModel) -> dict[str, Task
         for key, text in zip(entry.texts, entry.captions, strict=True):
             tasks.setdefault(key, Task(key, "text", None, text))
     if any(e.dropout for e in entries):
-        empty = text_key("", model.identity("text"))
+        empty = text_key("", model)
         tasks.setdefault(empty, Task(empty, "text"))
     return tasks
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class DiffpipeError(Exception):
     """A fault that the user can cure.
@@ -41,6 +43,14 @@ class MediaError(DiffpipeError):
 
 class CheckpointError(DiffpipeError):
     """Weights or a training state that are not what the config says."""
+
+
+def causes(fault: BaseException) -> Iterator[BaseException]:
+    """The fault, what it was raised for, what that was raised for, and so on: libraries wrap what they meet."""
+    cause: BaseException | None = fault
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _rebuild(kind: type[DiffpipeError], found: str, where: str, expected: str, fix: str) -> DiffpipeError:

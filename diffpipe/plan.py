@@ -5,6 +5,7 @@ from __future__ import annotations
 from diffpipe.config.schema import Config
 from diffpipe.export.run import check_formats
 from diffpipe.models import make_model
+from diffpipe.optim import check_optimizer
 from diffpipe.pipeline.build import outline
 from diffpipe.pipeline.cut import expand
 from diffpipe.pipeline.split import stage_bytes
@@ -22,6 +23,7 @@ def dry_run(config: Config) -> str:
     whole, spans = outline(config, model)
     model.weights()
     check_formats(config, model)
+    check_optimizer(config.optimizer)
     units = expand(whole, model.spec.units)
     sizes = stage_bytes(whole, model.spec)
     count = sum(p.numel() for p in whole.parameters())

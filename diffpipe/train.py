@@ -26,7 +26,7 @@ from diffpipe.export.run import check_formats, export_weights
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
-from diffpipe.optim import factor, make_optimizer, set_rates
+from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
@@ -63,6 +63,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
+        check_optimizer(config.optimizer)
         samples, held_out = open_data(config, model, mesh, sinks)
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):

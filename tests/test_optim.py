@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffpipe.config.schema import OptimizerConfig
-from diffpipe.errors import ConfigError
-from diffpipe.optim import make_optimizer
+from diffpipe.errors import CheckpointError, ConfigError
+from diffpipe.optim import make_optimizer, set_rates
 from diffpipe.optim.named import SPECIAL
 from diffpipe.optim.state import restore_state, state_of
 
@@ -74,6 +75,7 @@ def test_it_trains_and_goes_on_exactly_from_its_saved_state(config: dict[str, An
 
 
 def test_every_optimizer_of_the_package_trains_or_is_refused_with_its_key() -> None:
+    torch.manual_seed(0)
     refused = set()
     for kind in get_supported_optimizers():
         module = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))
@@ -84,12 +86,23 @@ def test_every_optimizer_of_the_package_trains_or_is_refused_with_its_key() -> N
             refused.add(kind)
             continue
         before = weights(module)
-        for _ in range(12):  # AdaShift waits for ten
+        for _ in range(12):
             (module(torch.randn(8, 16)) - 1).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         assert any(not torch.equal(p, before[n]) for n, p in weights(module).items()), kind
-        state_of(optimizer)
+        other = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 16))
+        other.load_state_dict(module.state_dict())
+        fresh = optimizer_of(other, kind=kind)
+        restore_state(fresh, {name: t.clone() for name, t in state_of(optimizer).items()})
+        for each, by in ((module, optimizer), (other, fresh)):
+            torch.manual_seed(1)  # some draw numbers
+            for _ in range(6):
+                (each(torch.randn(8, 16)) - 2).square().mean().backward()
+                set_rates(by, 1.0)  # as each step of a run does; ASGD takes the rate for its own
+                by.step()
+                by.zero_grad()
+        assert all(torch.equal(p, weights(module)[n]) for n, p in weights(other).items()), kind
     # Ranger21 asks for an option that has no default; the last four train other weights than they mean to be used.
     assert refused == {*SPECIAL, "ranger21", "schedulefreeadamw", "schedulefreeradam", "schedulefreesgd", "splus"}
 
@@ -127,10 +140,20 @@ def test_stochastic_rounding_changes_no_float32_step() -> None:
         torch.testing.assert_close(weights(rounded)[name], p, rtol=1e-5, atol=1e-6)
 
 
+def test_an_object_that_no_checkpoint_can_hold_is_told_when_it_would_be_written() -> None:
+    module = module_of()
+    optimizer = optimizer_of(module, kind="lion")
+    run(module, optimizer, 0, 1)
+    optimizer.state[next(module.parameters())]["odd"] = deque([1])
+    with pytest.raises(CheckpointError, match=r"optimizer: Lion keeps a deque in its state"):
+        state_of(optimizer)
+
+
 @pytest.mark.parametrize(
     ("config", "told"),
     [
         ({"kind": "prodgy"}, r"optimizer\.kind: there is no optimizer 'prodgy'[\s\S]*did you mean prodigy"),
+        ({"kind": "adamw8bit-kahn"}, r"optimizer\.kind: there is no optimizer 'adamw8bit-kahn'[\s\S]*did you mean adamw8bit-kahan"),
         ({"kind": "prodigy", "options": {"d_0": 1}}, r"optimizer\.options: prodigy has no option 'd_0'\n  expected: .*d0"),
         ({"kind": "adafactor", "eps": 1e-6, "options": {"params": 1}}, r"optimizer\.(options|eps): adafactor has no option"),
         ({"kind": "lion", "options": {"betas": 3}}, r"optimizer\.options: lion refuses its options"),

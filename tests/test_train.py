@@ -114,6 +114,7 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
         ({"model.path": "nowhere"}, "model.path: nowhere: no such folder"),
         ({"optimiser.lr": 1}, "did you mean optimizer?"),
         ({"model.family": "fluks"}, "model.family"),
+        ({"optimizer.kind": "adamv", "data.folders": "[{path: nowhere}]"}, "optimizer.kind: there is no optimizer 'adamv'"),
         ({"data.folders": "[{path: nowhere}]"}, "nowhere"),
     ],
 )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from diffpipe.errors import DiffpipeError
+from diffpipe.errors import DiffpipeError, causes
 
 
 def worker_context() -> Any:
@@ -42,8 +42,6 @@ def told_of_death(key: str) -> Iterator[None]:
 
 
 def _death_in(fault: BaseException) -> BaseException | None:
-    """What tells of a worker's end: torch raises it wherever the process is just then, and others may have wrapped it."""
-    cause: BaseException | None = fault
-    while isinstance(cause, RuntimeError) and "DataLoader worker" not in str(cause):
-        cause = cause.__cause__ or cause.__context__
-    return cause if isinstance(cause, RuntimeError | EOFError | ConnectionError) else None
+    """What tells of a worker's end: torch raises it wherever the process is just then, so that others may have wrapped it."""
+    told = next((c for c in causes(fault) if "DataLoader worker" in str(c)), None)
+    return told or (None if isinstance(fault, RuntimeError) else fault)

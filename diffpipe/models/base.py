@@ -108,6 +108,7 @@ class DiffusionModel(ABC):
 
     def __init__(self, config: ModelConfig, objective: ObjectiveConfig) -> None:
         self.config = config
+        self._identities: dict[str, str] = {}  # by role, once asked for: they are read from files
         self.objective = objective.model_copy(update={"timesteps": objective.timesteps or self.timesteps})
         for key in sorted(OPTIONS - self.options):
             section, _, name = key.partition(".")
@@ -191,7 +192,10 @@ class DiffusionModel(ABC):
     def identity(self, role: str) -> str:
         """What the tensors of a role ("media" or "text") depend on besides the sample: the encoders' weights
         and configs by content, the type of computation, and ``encoding``, the version of the code here."""
-        return f"{self.name}/{self.encoding}/{self.config.dtype}/{fingerprint(self.blueprint, role, self.trained)}"
+        if role not in self._identities:
+            read = fingerprint(self.blueprint, role, self.trained)
+            self._identities[role] = f"{self.name}/{self.encoding}/{self.config.dtype}/{read}"
+        return self._identities[role]
 
     # -- act two: tensors to a loss -------------------------------------------------------------------------------
 

@@ -57,6 +57,15 @@ def make_optimizer(config: OptimizerConfig, parameters: NamedParameters) -> Opti
     return torch.optim.AdamW(given, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Find out what is wrong with the section before anything is read.
+
+    Raises:
+        ConfigError: as ``make_optimizer`` does.
+    """
+    make_optimizer(config, [("weight", nn.Parameter(torch.zeros(1, 1)))])
+
+
 def rates(config: OptimizerConfig, name: str) -> tuple[float, float]:
     """Learning rate and weight decay of the parameter ``name``: those of the first group that matches."""
     group = next((g for g in config.groups if re.search(g.match, name)), None)

@@ -12,10 +12,15 @@ from diffpipe.config.schema import OptimizerConfig
 from diffpipe.errors import ConfigError
 
 # They want more than gradients (the model, the loss again, its curvature, pairs of matrices in order, matrices alone), wrap another
-# optimizer, or do the backward pass or the exchange between ranks themselves.
+# optimizer, do the backward pass or the exchange between ranks themselves, or keep what a resumed run
+# needs elsewhere than in the state of parameters and groups, or as objects that are no data.
 SPECIAL = frozenset(
-    "adahessian adalomo adammini alig bsam demo distributedmuon lbfgs lomo lorarite magma sophiah spectralsphere".split()  # noqa: SIM905
+    {
+        *("adahessian", "adalomo", "adammini", "adashift", "alig", "bsam", "conda", "demo", "distributedmuon", "kron", "lbfgs"),
+        *("lomo", "lorarite", "madgrad", "magma", "scalableshampoo", "sophiah", "spam", "spectralsphere", "stablespam"),
+    }
 )
+EIGHT_BIT = ("adamw8bit", "adamw8bit-kahan")
 
 
 def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -24,7 +29,7 @@ def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     Raises:
         ConfigError: when there is none of that name, it cannot be used here, or does not know an option.
     """
-    kind = _eight_bit(config.kind) if config.kind.startswith("adamw8bit") else _by_name(config.kind)
+    kind = _eight_bit(config.kind) if config.kind in EIGHT_BIT else _by_name(config.kind)
     known = inspect.signature(kind).parameters
     given: dict[str, Any] = {"lr": config.lr}
     # Each has defaults of its own, so that only what the config says is given.
@@ -66,7 +71,7 @@ def _eight_bit(kind: str) -> type[Optimizer]:
 def _by_name(kind: str) -> type[Optimizer]:
     from pytorch_optimizer import get_supported_optimizers, load_optimizer
 
-    names = {"adamw", "adamw8bit", "adamw8bit-kahan", *get_supported_optimizers()} - SPECIAL
+    names = {"adamw", *EIGHT_BIT, *get_supported_optimizers()} - SPECIAL
     if kind not in names:
         near = difflib.get_close_matches(kind, names, 1, 0.6)
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ CONFIGURED = frozenset({"params", "names", "lr", "peak_lr", "weight_decay", "ini
 def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
     """The state of every parameter under ``<parameter>//<what>``, its group's own under ``<parameter>//group.<what>``.
 
-    What is no tensor is the bytes that torch.save makes of it, under a name that ends in ``:saved``.
+    What is no tensor is the bytes that torch.save makes of it, under a name that ends in ``:saved``. A parameter without any state
+    has a placeholder, ``<parameter>//``, so that what was trained is known.
+
+    Raises:
+        CheckpointError: when an optimizer keeps an object that is no data.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter, group in _named(optimizer):
@@ -30,7 +35,9 @@ def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 tensors[f"{name}//{what}"] = value
             else:
-                tensors[f"{name}//{what}:saved"] = _bytes(value)
+                tensors[f"{name}//{what}:saved"] = _bytes(value, type(optimizer).__name__)
+        if not held:
+            tensors[f"{name}//"] = torch.zeros(1)
     return tensors
 
 
@@ -45,8 +52,8 @@ def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
         name, _, what = key.partition("//")
         held = states.setdefault(name, {})
         if what.endswith(":saved"):
-            held[what.removesuffix(":saved")] = torch.load(io.BytesIO(value.numpy().tobytes()), weights_only=True)
-        else:
+            held[what.removesuffix(":saved")] = _value(value)
+        elif what:
             held[what] = value
     for name, parameter, group in _named(optimizer):
         if name not in states:
@@ -70,10 +77,24 @@ def _moves(optimizer: Optimizer, what: str, value: Any) -> bool:
     return isinstance(value, Tensor) or what not in optimizer.defaults or bool(value != made)
 
 
-def _bytes(value: Any) -> Tensor:
+def _bytes(value: Any, kind: str) -> Tensor:
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    saved = torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+    if not isinstance(value, int | float | None):
+        try:
+            _value(saved)
+        except UnpicklingError:
+            raise CheckpointError(
+                f"{kind} keeps a {type(value).__name__} in its state, which no checkpoint can hold",
+                where="optimizer",
+                fix="take another optimizer.kind, or out of optimizer.options what makes it do so",
+            ) from None
+    return saved
+
+
+def _value(saved: Tensor) -> Any:
+    return torch.load(io.BytesIO(saved.numpy().tobytes()), weights_only=True)
 
 
 def _beside(value: Tensor, parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:

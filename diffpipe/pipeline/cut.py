@@ -34,7 +34,7 @@ OWN = (dict, OrderedDict, set)  # what a module keeps its tensors, children and 
 def duplicate(module: nn.Module, made: dict[nn.Module, nn.Module] | None = None) -> nn.Module:
     """The module tree once more, to take apart: the tensors and all plain attributes are shared.
 
-    For Flux 16 times as fast as a deep copy, which goes through every hook dictionary and config of every layer.
+    A deep copy goes through every hook dictionary and config of every layer, which takes many times as long.
     """
     made = {} if made is None else made
     if module not in made:

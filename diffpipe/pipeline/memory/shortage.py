@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from diffpipe.config.schema import Config
-from diffpipe.errors import DiffpipeError
+from diffpipe.errors import DiffpipeError, causes
 
 GIB = 1 << 30
 
@@ -24,19 +24,13 @@ def explained(doing: str, device: torch.device, fixes: Iterable[str]) -> Iterato
     try:
         yield
     except RuntimeError as fault:
-        if (shortage := _shortage_in(fault)) is None:
+        # torch's pipelining wraps what a stage raises.
+        shortage = next((c for c in causes(fault) if isinstance(c, torch.OutOfMemoryError)), None)
+        if shortage is None:
             raise
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(shortage))
         found = f"the memory of {device} ran out in {doing}" + (f", which asked for {asked[1]}" if asked else "") + _held(device)
         raise DiffpipeError(found, where="memory", fix="; or ".join(fixes)) from fault
-
-
-def _shortage_in(fault: BaseException) -> torch.OutOfMemoryError | None:
-    """The shortage that ``fault`` is, or was raised for: torch's pipelining wraps what a stage raises."""
-    cause: BaseException | None = fault
-    while cause is not None and not isinstance(cause, torch.OutOfMemoryError):
-        cause = cause.__cause__ or cause.__context__
-    return cause
 
 
 def _held(device: torch.device) -> str:
