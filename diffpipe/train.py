@@ -70,7 +70,8 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
         Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
     except DiffpipeError as fault:
-        sinks.note(str(fault))
+        if mesh.reporter:
+            Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
         raise
     finally:
         sinks.close()

@@ -124,6 +124,7 @@ def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
     done = command(*arguments("flux", tmp_path / "run", **{"mesh.stages": 1, **settings}), check=False)
     assert done.exit_code == 1
     assert told in done.stderr and "Traceback" not in done.stderr
+    assert told not in done.stdout, "it is said once"
 
 
 def test_every_process_of_a_launch_ends_with_the_mistake(world: World, tmp_path: Path) -> None:
