@@ -191,6 +191,8 @@ class Trainer:
         if run.resumed is not None:
             state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh)
             self.step = state["step"]
+            if not state.get("cudnn_attention", True):
+                pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
                 sinks.note(note)
 
@@ -224,12 +226,15 @@ class Trainer:
         if self.step + 1 < self.total:
             self.feed.fetch_ahead()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
-        with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
-            share = self.pipeline.train(batch.microbatches)
+        share = self._pass(batch)
         ran = self._now()
-        gradients, counted = self.pipeline.gradients()
-        self.mesh.mean_over_replicas(gradients)
-        norm = self.mesh.gradient_norm(counted)
+        gradients, norm = self._gradients()
+        if not torch.isfinite(norm) and self.pipeline.attention.retreat():
+            self.sinks.note(f"step {self.step + 1}: the gradient was not finite; repeated, and going on, without cuDNN's attention")
+            self.optimizer.zero_grad(set_to_none=True)
+            share = self._pass(batch)
+            ran = self._now()
+            gradients, norm = self._gradients()
         self._check(norm, batch)
         if self.config.optimizer.clip is not None:
             torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
@@ -241,6 +246,16 @@ class Trainer:
         end = self._now()
         computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
         return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+
+    def _pass(self, batch: Batch) -> torch.Tensor:
+        with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
+            return self.pipeline.train(batch.microbatches)
+
+    def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """This rank's gradients, averaged over the replicas, and the norm of all ranks'."""
+        gradients, counted = self.pipeline.gradients()
+        self.mesh.mean_over_replicas(gradients)
+        return gradients, self.mesh.gradient_norm(counted)
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
@@ -275,13 +290,10 @@ class Trainer:
 
     def _check(self, norm: torch.Tensor, batch: Batch) -> None:
         if not torch.isfinite(norm):
-            fix = "train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16"
-            if self.config.model.attention == "cudnn":
-                fix = "train with --resume from the last checkpoint and model.attention: sdpa"
             raise DiffpipeError(
                 f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
-                where="model.attention" if self.config.model.attention == "cudnn" else "optimizer.lr",
-                fix=fix,
+                where="optimizer.lr",
+                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16",
             )
 
     def evaluate(self) -> None:
@@ -312,7 +324,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state = {"data": self.feed.state_dict(), "total": self.total}
+        state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_attention": self.pipeline.attention.cudnn}
         path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
         self.saved_at = time.monotonic()
         self.sinks.note(f"checkpoint {path}")

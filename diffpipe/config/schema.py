@@ -78,10 +78,10 @@ class ModelConfig(Section):
     trainable_dtype: DType = Field(
         default="float32", description="Type in which trained weights (adapter, or all in full fine-tuning) are kept: float32, or as dtype."
     )
-    attention: Literal["sdpa", "cudnn"] = Field(
-        default="sdpa",
-        description="Attention kernels: `sdpa` lets torch choose among flash, memory-efficient and plain ones; `cudnn` adds cuDNN's,"
-        " which are faster on Hopper cards, but whose gradients are not finite at some lengths.",
+    attention: Literal["auto", "sdpa"] = Field(
+        default="auto",
+        description="Attention kernels: `auto` lets torch choose, on Hopper and later cards cuDNN's, until a gradient is not finite: then"
+        " the step is repeated without these, and so is the rest of the run. `sdpa` never takes cuDNN's.",
     )
     guidance: float = Field(default=1.0, description="Guidance value given to models with a guidance embedding (Flux dev, HunyuanVideo).")
     train_text_encoders: bool = Field(
@@ -351,6 +351,12 @@ class MemoryConfig(Section):
     pin: bool = Field(
         default=True, description="Page-lock streamed weights in host memory; false is slower, for machines that may not lock as much."
     )
+    order: Literal["microbatch", "layer"] | None = Field(
+        default=None,
+        description="`microbatch` takes each microbatch through all blocks; `layer` takes all through a block before the next, so that"
+        " a streamed block comes once for all, but what each saves is kept for all of them. It needs mesh.stages 1. null is `layer` where"
+        " that holds, blocks stream and activations are offloaded.",
+    )
     offload: bool = Field(default=False, description="Move saved activations to host memory between forward and backward.")
     offload_threshold: float = Field(default=16.0, gt=0, description="MiB from which a saved activation is moved.")
     quantize: Literal["none", "fp8"] = Field(
@@ -384,3 +390,9 @@ class Config(Section):
     export: ExportConfig = Field(default_factory=ExportConfig, description="What a person takes away.")
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="Memory against time.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What is recorded.")
+
+    @model_validator(mode="after")
+    def _order_fits(self) -> Config:
+        if self.memory.order == "layer" and self.mesh.stages > 1:
+            raise ValueError(f"memory.order is layer, which needs mesh.stages 1, found {self.mesh.stages}; set it to microbatch or null")
+        return self

@@ -15,6 +15,7 @@ from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
 from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.memory.quantize import Fp8Linear, quantized
@@ -29,7 +30,6 @@ LoadProgress = Callable[[int, int], None]  # bytes read, bytes to read
 
 def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgress = lambda done, total: None) -> Pipeline:
     """The pipeline of a config, this rank's weights read and on its device."""
-    choose_attention(config.model.attention)
     whole, spans = outline(config, model)
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
@@ -42,16 +42,7 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     memory = MemoryLayer(config.memory, model, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
-    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory)
-
-
-def choose_attention(kind: str) -> None:
-    """Let torch take cuDNN's attention kernels only for ``kind`` "cudnn".
-
-    It prefers them on Hopper, where their backward gave NaN from finite inputs at Flux's 4608 tokens (torch 2.11, H200);
-    others have seen the same at other lengths, up to torch 2.13 (pytorch/pytorch#196678).
-    """
-    torch.backends.cuda.enable_cudnn_sdp(kind == "cudnn")
+    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, Attention(config.model.attention))
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:

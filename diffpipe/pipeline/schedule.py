@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.utils._pytree import tree_map
 
 from diffpipe.models.base import Targets
+from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Border, Probe
+from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.stage import Stage, StepInputs
@@ -27,8 +30,13 @@ class Pipeline:
     receive buffers between steps. Their metadata is given, so no extra pass is ever run to find it.
     """
 
-    def __init__(self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer) -> None:
-        self.stage, self.mesh, self.probe, self.memory = stage, mesh, probe, memory
+    def __init__(self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer, attention: Attention) -> None:
+        self.stage, self.mesh, self.probe, self.memory, self.attention = stage, mesh, probe, memory, attention
+        self.lockstep: Lockstep | None = None
+        if memory.order == "layer" and mesh.stages == 1:
+            self.lockstep = Lockstep()
+            for unit in memory.units:
+                unit.forward = self.lockstep.stopping(unit.forward)
 
     def train(self, microbatches: Microbatches) -> Tensor:
         """Forward and backward of one step; gradients add up in ``.grad``.
@@ -69,19 +77,37 @@ class Pipeline:
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
-        count = len(microbatches)
-        kind = Schedule1F1B if count >= mesh.stages else ScheduleGPipe
-        # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
-        schedule = kind(self._torch_stage(before, after), count, loss_fn=lambda loss, number: loss, scale_grads=False)
-        numbers = torch.arange(count)
-        losses: list[Tensor] = []
-        self.memory.begin((torch.is_grad_enabled(), count))
-        run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
+        self.memory.begin((torch.is_grad_enabled(), len(microbatches)))
+        if self.lockstep is not None and len(microbatches) > 1:
+            losses = self._together(len(microbatches))
+        else:
+            losses = self._by_schedule(len(microbatches), before, after, run)
         self.memory.end()
         self.stage.inputs = StepInputs()
         if not last:
             return torch.zeros((), device=mesh.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
+
+    def _by_schedule(self, count: int, before: Border, after: Border, run: Callable[..., Any]) -> list[Tensor]:
+        """Each microbatch through all units; the losses on the last stage."""
+        last = self.mesh.stage == self.mesh.stages - 1
+        kind = Schedule1F1B if count >= self.mesh.stages else ScheduleGPipe
+        # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
+        schedule = kind(self._torch_stage(before, after), count, loss_fn=lambda loss, number: loss, scale_grads=False)
+        numbers = torch.arange(count)
+        losses: list[Tensor] = []
+        run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
+        return losses
+
+    def _together(self, count: int) -> list[Tensor]:
+        """Each unit for all microbatches, where one stage holds the whole model."""
+        assert self.lockstep is not None
+        # Around all of them: contexts that calls enter and leave by turns must find the same outside.
+        with self.stage.precision():
+            losses = self.lockstep.run([partial(self.stage, microbatch=torch.tensor([i])) for i in range(count)])
+        if torch.is_grad_enabled():
+            torch.stack(losses).sum().backward()
+        return losses
 
     def _torch_stage(self, before: Border, after: Border) -> PipelineStage:
         return PipelineStage(

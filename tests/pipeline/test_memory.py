@@ -32,6 +32,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "swap-all": {"recompute": "block", "swap": "all"},
     "swap-all-kept": {"recompute": "none", "swap": "all"},
     "swap-2": {"recompute": "block", "swap": 2},
+    "layer-order": {"recompute": "block", "order": "layer"},
     "everything": {"recompute": "selective", "swap": "all", "offload": True, "offload_threshold": 0.001},
 }
 
@@ -101,6 +102,31 @@ def test_streamed_weights_of_some_adapted_blocks_follow_what_a_step_does(toys: T
     adapter["targets"] = [r"single_transformer_blocks\.[34]\."]
     expected = steps_of(config_of("flux", toys("flux"), adapter, {"recompute": "none"}))
     same(steps_of(config_of("flux", toys("flux"), adapter, {"swap": "all"})), expected)
+
+
+def test_in_layer_order_a_streamed_block_comes_once_for_all_microbatches(toys: Toys) -> None:
+    moved = []
+    for order in ("microbatch", "layer"):
+        config = config_of("flux", toys("flux"), {"rank": 4}, {"swap": "all", "order": order})
+        model = make_model(config.model, config.objective)
+        with open_mesh(config.mesh) as mesh:
+            pipeline = build(config, model, mesh)
+            for i in range(3):
+                pipeline.train([microbatch(model, seed=10 * i + j, count=1) for j in range(4)])
+            stream = pipeline.memory.stream
+            assert stream is not None
+            moved.append(stream.moved)
+    assert moved[1] < 0.3 * moved[0]
+
+
+def test_what_a_layer_order_of_three_adds_up_is_that_of_any_other_order(toys: Toys) -> None:
+    checkpoint = toys("wan")
+    expected = steps_of(config_of("wan", checkpoint, {"rank": 4}, {"recompute": "none"}), count=3)
+    got = steps_of(config_of("wan", checkpoint, {"rank": 4}, {"swap": "all", "order": "layer"}), count=3)
+    for (loss, gradients, evaluated), (want, wanted, held) in zip(got, expected, strict=True):
+        assert loss == want and evaluated == held
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_more_blocks_than_there_are_is_an_error(toys: Toys) -> None:

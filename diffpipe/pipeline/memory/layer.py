@@ -48,6 +48,7 @@ class MemoryLayer:
         self.homes = streamed(units, self._chosen(), pinned)
         self.stream: Stream | None = None
         self.offload = Offload(device, int(config.offload_threshold * (1 << 20))) if config.offload else None
+        self.order = config.order or ("layer" if self.homes and self.offload else "microbatch")
 
     def _chosen(self) -> list[int]:
         """Numbers of the units whose weights stream: spread evenly, so that there is time to bring each."""
