@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from pytorch_optimizer import get_supported_optimizers
@@ -105,6 +107,30 @@ def test_every_optimizer_of_the_package_trains_or_is_refused_with_its_key() -> N
         assert all(torch.equal(p, weights(module)[n]) for n, p in weights(other).items()), kind
     # Ranger21 asks for an option that has no default; the last four train other weights than they mean to be used.
     assert refused == {*SPECIAL, "ranger21", "schedulefreeadamw", "schedulefreeradam", "schedulefreesgd", "splus"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_parameters_stepped_together_move_as_the_library_moves_each_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    packed = nn.ModuleList([nn.Linear(256, n) for n in (16, 32, 48, 3, 4096)]).to(dtype)
+    alone = copy.deepcopy(packed)
+    ours = optimizer_of(packed, kind="adamw8bit", weight_decay=0.1, lr=1e-2)
+    groups = [{"params": [p], "weight_decay": 0.1 if p.ndim > 1 else 0.0} for p in alone.parameters()]
+    library = bitsandbytes.optim.AdamW8bit(groups, lr=1e-2)
+    for step in range(5):
+        for p, q in zip(packed.parameters(), alone.parameters(), strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.clone()
+            if step == 2 and p.shape[0] == 32:
+                p.grad = q.grad = None  # from now on a step behind the others
+        ours.step()
+        library.step()
+    storages = {ours.state[p]["state1"].untyped_storage().data_ptr() for p in packed.parameters() if p.shape[0] in (16, 48)}
+    assert len(storages) < 4, "what is stepped together lies together"
+    for (name, p), q in zip(packed.named_parameters(), alone.parameters(), strict=True):
+        assert torch.equal(p, q), name
+        for what, value in library.state[q].items():
+            assert ours.state[p][what] == value if isinstance(value, int) else torch.equal(ours.state[p][what], value), (name, what)
 
 
 def drift(kind: dict[str, Any], dtype: torch.dtype, steps: int = 200) -> Tensor:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitsandbytes.optim import AdamW8bit
 from torch import nn
 
+from diffpipe.optim.eight_bit import Packed, PackedAdamW8bit, side_by_side
 
-class AdamW8bitKahan(AdamW8bit):
+
+class AdamW8bitKahan(PackedAdamW8bit):
     """AdamW8bit that carries what a 16-bit weight cannot hold of its updates on to the next ones, by Kahan's summation.
 
     It adds a ``compensation`` of the weight's own type to the state. Weights of 32 bits are stepped as by AdamW8bit.
@@ -28,13 +29,31 @@ class AdamW8bitKahan(AdamW8bit):
             super().update_step(group, p, gindex, pindex)
             return
         weight, decay = p.data, group["weight_decay"]
-        # The decay belongs to the weight; the library would take it from what it is given to step, which is what is owed.
-        owed.add_(weight, alpha=-group["lr"] * decay)
+        _decay(owed, weight, group)
         group["weight_decay"], p.data = 0.0, owed
         try:
             super().update_step(group, p, gindex, pindex)
         finally:
             group["weight_decay"], p.data = decay, weight
-        before = weight.clone()
-        weight.add_(owed)
-        owed.add_(before.sub_(weight))
+        _pay(owed, weight)
+
+    def move(self, weights: torch.Tensor, pack: Packed, group: dict[str, Any], decay: float) -> None:
+        if weights.dtype == torch.float32:
+            super().move(weights, pack, group, decay)
+            return
+        owed = side_by_side([state for _, state in pack], "compensation")
+        _decay(owed, weights, group)
+        super().move(owed, pack, group, 0.0)
+        _pay(owed, weights)
+
+
+def _decay(owed: torch.Tensor, weight: torch.Tensor, group: dict[str, Any]) -> None:
+    """The decay belongs to the weight; the library would take it from what it is given to step, which is what is owed."""
+    owed.add_(weight, alpha=-group["lr"] * group["weight_decay"])
+
+
+def _pay(owed: torch.Tensor, weight: torch.Tensor) -> None:
+    """Put into a weight what it can hold of what it is owed."""
+    before = weight.clone()
+    weight.add_(owed)
+    owed.add_(before.sub_(weight))

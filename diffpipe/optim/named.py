@@ -53,7 +53,7 @@ def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
 
 def _eight_bit(kind: str) -> type[Optimizer]:
     try:
-        from bitsandbytes.optim import AdamW8bit
+        import bitsandbytes  # noqa: F401
     except ImportError as missing:
         raise ConfigError(
             "bitsandbytes is not installed here",
@@ -61,11 +61,10 @@ def _eight_bit(kind: str) -> type[Optimizer]:
             expected=f"{kind} needs it",
             fix="pip install bitsandbytes, or take adamw",
         ) from missing
-    if kind == "adamw8bit":
-        return AdamW8bit
+    from diffpipe.optim.eight_bit import PackedAdamW8bit
     from diffpipe.optim.kahan import AdamW8bitKahan
 
-    return AdamW8bitKahan
+    return PackedAdamW8bit if kind == "adamw8bit" else AdamW8bitKahan
 
 
 def _by_name(kind: str) -> type[Optimizer]:
