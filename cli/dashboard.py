@@ -101,6 +101,8 @@ class Dashboard:
             ", ".join(f"{n} {v:.0%}" for n, v in share.items()),
         )
         table.add_row("memory", f"{memory}host {r.host_peak / GIB:.2f} GiB", "bucket", r.bucket)
+        if r.graphs:
+            table.add_row("compiled", f"{r.graphs} graphs", "", "")
         worst = sorted(self.buckets.items(), key=lambda b: -b[1])[:4]
         table.add_row("bucket loss", ", ".join(f"{name} {loss:.3f}" for name, loss in worst), "", "")
         for name, losses in self.evaluations.items():

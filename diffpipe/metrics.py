@@ -31,6 +31,7 @@ class StepRecord:
     communication_time: float
     device_peak: int
     host_peak: int
+    graphs: int = 0  # compiled so far, the most of all ranks
 
     @property
     def samples_per_second(self) -> float:
@@ -146,6 +147,7 @@ class TensorBoardSink:
             "time/communication": record.communication_time,
             "memory/device": record.device_peak / GIB,
             "memory/host": record.host_peak / GIB,
+            "compile/graphs": record.graphs,
         }
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, record.step)
@@ -194,6 +196,7 @@ class TextSink:
         per_step = (monotonic() - self.first[0]) / (record.step - self.first[1])
         left = duration((record.steps_total - record.step) * per_step)
         memory = f" device {record.device_peak / GIB:.2f} GiB" if record.device_peak else ""
+        memory += f" graphs {record.graphs}" if record.graphs else ""
         self.write(
             f"step {record.step}/{record.steps_total} epoch {record.epoch + 1} loss {record.loss:.5f} lr {record.lr:.3g} "
             f"grad_norm {record.grad_norm:.3g} "

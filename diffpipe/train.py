@@ -28,6 +28,7 @@ from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
+from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -264,7 +265,7 @@ class Trainer:
         self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float
     ) -> StepRecord:
         device = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
-        device_peak, host_peak = self.mesh.largest(device, psutil.Process().memory_info().rss)
+        device_peak, host_peak, compiled = self.mesh.largest(device, psutil.Process().memory_info().rss, graphs())
         return StepRecord(
             step=self.step,
             steps_total=self.total,
@@ -281,6 +282,7 @@ class Trainer:
             communication_time=max(0.0, communicated),
             device_peak=int(device_peak),
             host_peak=int(host_peak),
+            graphs=int(compiled),
         )
 
     def _now(self) -> float:

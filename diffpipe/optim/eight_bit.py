@@ -58,7 +58,8 @@ class PackedAdamW8bit(AdamW8bit):
             weights,
             flat["state1"],
             flat["state2"],
-            *group["betas"],
+            group["betas"][0],
+            group["betas"][1],
             0.0,  # of optimizers with a third average, as is the next
             0.0,
             group["eps"],
@@ -69,7 +70,6 @@ class PackedAdamW8bit(AdamW8bit):
             flat["absmax1"],
             flat["absmax2"],
             decay,
-            skip_zeros=self.args.skip_zeros,
         )
 
 

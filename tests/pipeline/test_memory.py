@@ -18,6 +18,7 @@ from diffpipe.errors import ConfigError
 from diffpipe.models import MODELS, make_model
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.arena import START, make_plan, smallest_room
+from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from tests.families import drawn, frames_of, microbatch
@@ -94,6 +95,20 @@ def plain(toys: Toys) -> Callable[[str], list]:
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_no_policy_changes_a_number(toys: Toys, plain: Callable[[str], list], family: str, policy: str) -> None:
     same(steps_of(config_of(family, toys(family), {"rank": 4}, POLICIES[policy])), plain(family))
+
+
+def test_a_kind_of_block_is_compiled_once_for_a_bucket_whatever_else_is_done_to_it(toys: Toys) -> None:
+    torch.compiler.reset()
+    before = graphs()
+    memory = {"compile": True, "swap": "all", "offload": True, "offload_threshold": 0.001}
+    plain = steps_of(config_of("wan", toys("wan"), {"rank": 4}, {"recompute": "none"}), rounds=2)
+    got = steps_of(config_of("wan", toys("wan"), {"rank": 4}, memory), rounds=2)
+    # The first block in training, before which nothing trains; the others; all in evaluation.
+    assert graphs() - before == 3
+    for (loss, gradients, evaluated), (want, wanted, held) in zip(got, plain, strict=True):
+        assert (loss, evaluated) == pytest.approx((want, held), rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_streamed_weights_of_some_adapted_blocks_follow_what_a_step_does(toys: Toys) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import ConfigError
 from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.offload import Offload
 from diffpipe.pipeline.memory.quantize import has_products, quantize
 from diffpipe.pipeline.memory.recompute import recompute
@@ -71,7 +72,7 @@ class MemoryLayer:
                 forward = recompute(forward, self.config.recompute)
             if self.config.compile:
                 # Around the recomputation, so that the forward pass need not write what backward computes again.
-                forward = torch.compile(forward, dynamic=False)
+                forward = compiled(forward)
             streams = self.stream if number in self.homes else None
             if streams is not None or self.offload is not None:
                 forward = saving(forward, partial(_packers, streams, self.offload))

@@ -1,0 +1,42 @@
+"""Compiles units: once for each kind of unit and bucket, not once for each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map
+
+# torch gives a function up, and runs it uncompiled from then on, after 8 kinds of inputs; buckets and kinds of units are more.
+MOST = 4096
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` compiled for the shapes that it is given; units of one kind share what is compiled."""
+    torch._dynamo.config.recompile_limit = MOST
+    torch._dynamo.config.accumulated_recompile_limit = MOST
+    inner = torch.compile(forward, dynamic=False)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(lambda x: _dense(x) if isinstance(x, Tensor) else x, (args, kwargs))
+        return inner(*args, **kwargs)
+
+    return called
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor laid out row by row, its dims of size 1 too: a unit's inputs may be views of the result of the unit before it,
+    those of the first are not, and one graph should do for both."""
+    tensor = tensor.contiguous()
+    plain = [1]
+    for size in reversed(tensor.shape[1:]):
+        plain.append(plain[-1] * size)
+    return tensor if list(tensor.stride()) == plain[::-1][: tensor.ndim] else tensor.flatten().view(tensor.shape)
+
+
+def graphs() -> int:
+    """How many graphs this process has compiled: more after the first steps of each bucket are time lost."""
+    return int(counters["stats"]["unique_graphs"])
