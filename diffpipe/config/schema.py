@@ -336,10 +336,11 @@ class ExportConfig(Section):
 
 
 class MemoryConfig(Section):
-    recompute: Literal["none", "block", "selective"] = Field(
+    recompute: Literal["none", "block", "selective", "parts"] = Field(
         default="block",
-        description="`block` keeps only block inputs and recomputes the rest in backward; `selective` keeps attention's results too; `none`"
-        " keeps all activations.",
+        description="What of a block the backward pass computes again: `block` all but what goes in; `selective` keeps the results of"
+        " attention to 1024 tokens or more; `parts` keeps also what passes between a block's parts, so that these are computed again"
+        " one at a time, the least at once (needs compile, and is best with offload); `none` keeps all.",
     )
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
     swap: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
@@ -366,6 +367,12 @@ class MemoryConfig(Section):
         default=None, description="Multiply fp8 weights in fp8 (Ada, Hopper and later cards); null does where the card can."
     )
     compile: bool = Field(default=False, description="Compile each block with torch.compile, once for each kind of block and bucket.")
+
+    @model_validator(mode="after")
+    def _recompute_fits(self) -> MemoryConfig:
+        if self.recompute == "parts" and not self.compile:
+            raise ValueError("recompute is parts, which needs compile: true; or set recompute to selective")
+        return self
 
 
 class MetricsConfig(Section):

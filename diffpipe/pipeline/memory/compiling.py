@@ -10,15 +10,22 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
+from diffpipe.pipeline.memory.tags import Tags
+
 # torch gives a function up, and runs it uncompiled from then on, after 8 kinds of inputs; buckets and kinds of units are more.
 MOST = 4096
 
 
-def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` compiled for the shapes that it is given; units of one kind share what is compiled."""
+def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
+    """``forward`` compiled for the shapes that it is given; units of one kind share what is compiled.
+
+    Args:
+        policy: what the backward pass computes again, as ``memory.recompute``. The compiler sees both passes, so that the forward
+            pass need not write what is computed again.
+    """
     torch._dynamo.config.recompile_limit = MOST
     torch._dynamo.config.accumulated_recompile_limit = MOST
-    inner = torch.compile(forward, dynamic=False)
+    inner = torch.compile(forward, dynamic=False, options={} if policy == "none" else {"joint_custom_pre_pass": Tags(policy)})
 
     def called(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda x: _dense(x) if isinstance(x, Tensor) else x, (args, kwargs))

@@ -25,8 +25,8 @@ class MemoryLayer:
     """What a stage keeps, recomputes and moves.
 
     Made in two steps, since weights are read in between: ``quantize`` and the homes of streamed weights come before,
-    ``wrap`` after. A unit's forward becomes, from the inside out: recomputed, compiled, its saved activations moved, its
-    weights brought.
+    ``wrap`` after. A unit's forward becomes, from the inside out: recomputed or compiled with that, its saved activations moved,
+    its weights brought.
 
     Args:
         units: the stage's units, on meta.
@@ -68,11 +68,11 @@ class MemoryLayer:
             self.stream = Stream(self.homes, self.device, room, None if self.config.pin or self.device.type != "cuda" else Staging())
         for number, unit in enumerate(self.units):
             forward: Callable[..., Any] = unit.forward
-            if self.config.recompute != "none" and number % self.config.recompute_every == 0:
-                forward = recompute(forward, self.config.recompute)
+            policy = self.config.recompute if number % self.config.recompute_every == 0 else "none"
             if self.config.compile:
-                # Around the recomputation, so that the forward pass need not write what backward computes again.
-                forward = compiled(forward)
+                forward = compiled(forward, policy)
+            elif policy != "none":
+                forward = recompute(forward, policy)
             streams = self.stream if number in self.homes else None
             if streams is not None or self.offload is not None:
                 forward = saving(forward, partial(_packers, streams, self.offload))

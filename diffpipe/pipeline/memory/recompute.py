@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# Attention: the dearest thing in a block at video lengths, and its result is as small as the block's input.
-COSTLY = (
+ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
 )
+# Keys from which attention's result is worth keeping: what it takes rises with their number, the size of the result does not.
+LONG = 1024
 
 
 def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
@@ -25,7 +26,7 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     Non-reentrant: the reentrant kind gives no gradient when only adapters inside train.
 
     Args:
-        policy: "block" keeps only what goes in; "selective" keeps attention's results too.
+        policy: "block" keeps only what goes in; "selective" keeps the results of long attention too.
     """
     contexts: Any = partial(create_selective_checkpoint_contexts, _policy) if policy == "selective" else None
 
@@ -39,6 +40,11 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     return recomputed
 
 
+def is_attention(op: Any) -> bool:
+    """Whether an operation is one of torch's attention kernels."""
+    return hasattr(op, "name") and op.name().removeprefix("aten::").partition(".")[0] in ATTENTION
+
+
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op.name().removeprefix("aten::").partition(".")[0] if hasattr(op, "name") else ""
-    return CheckpointPolicy.MUST_SAVE if name in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+    costly = is_attention(op) and args[1].shape[-2] >= LONG
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE

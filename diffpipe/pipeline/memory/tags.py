@@ -1,0 +1,148 @@
+"""Marks in the graph of a compiled unit what its backward pass computes again; the compiler then cuts the graph accordingly."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.flop_counter import flop_registry
+
+from diffpipe.pipeline.memory.recompute import LONG, is_attention
+
+Buffer = tuple[fx.Node, int]  # a node, and which of its results
+SLACK = 1.1  # what may pass at a narrow point, in parts of what the unit gives: the main stream of activations and little else
+
+
+@dataclass(frozen=True)  # equal ones are one to torch.compile, and units compiled with them share their graphs
+class Tags(CustomGraphPass):
+    """A step of torch.compile's, with the graph of both passes in its hands, before it is cut.
+
+    Attributes:
+        policy: as ``memory.recompute``.
+    """
+
+    policy: str
+
+    def __call__(self, graph: fx.Graph) -> None:
+        tag(graph, self.policy)
+
+    def uuid(self) -> Any:
+        return get_hash_for_files((__file__,), self.policy)  # what was compiled before is found again by it
+
+
+def tag(graph: fx.Graph, policy: str) -> None:
+    """Mark each result of the forward pass: kept for the backward pass, or computed again.
+
+    Args:
+        policy: "block" keeps only what goes in; "selective" keeps the results of long attention too; "parts" keeps also what passes
+            at the narrowest point before the widest layer, so that what comes before and after it is not there at once.
+    """
+    ahead = _forward(graph)
+    if not any(_is_tangent(node) for node in graph.nodes):
+        return  # of an evaluation
+    kept = {root(n)[0] for n in ahead if policy != "block" and _is_costly(n)}
+    if policy == "parts":
+        kept |= _narrowest(graph, ahead)
+    for node in ahead:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if root(node)[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        node.meta["ac_graph_id"] = 1
+
+
+def tensors(node: fx.Node) -> list[Tensor | None]:
+    """A node's results."""
+    value = node.meta.get("val")
+    each = value if isinstance(value, tuple | list) else (value,)
+    return [x if isinstance(x, Tensor) else None for x in each]
+
+
+def root(node: fx.Node) -> Buffer:
+    """The node whose memory a node's result lies in, through views, and which of its results that is."""
+    place = 0
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            place, node = int(node.args[1]), node.args[0]  # pyright: ignore[reportArgumentType, reportAssignmentType]
+        elif _views(node):
+            node = node.all_input_nodes[0]
+        else:
+            break
+    return node, place
+
+
+def _views(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable:
+        return False
+    return node.target is torch.ops.aten._unsafe_view.default or any(r.alias_info is not None for r in schema.returns)
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in node.name
+
+
+def _forward(graph: fx.Graph) -> list[fx.Node]:
+    """The operations that need no gradient."""
+    behind: set[fx.Node] = set()
+    ahead = []
+    for node in graph.nodes:
+        if _is_tangent(node) or any(n in behind for n in node.all_input_nodes):
+            behind.add(node)
+        elif node.op == "call_function":
+            ahead.append(node)
+    return ahead
+
+
+def _is_costly(node: fx.Node) -> bool:
+    made = root(node)[0]
+    if not is_attention(made.target):
+        return False
+    keys = tensors(made.args[1])[0]  # pyright: ignore[reportArgumentType]
+    return keys is not None and keys.shape[-2] >= LONG
+
+
+def _narrowest(graph: fx.Graph, ahead: list[fx.Node]) -> set[fx.Node]:
+    """What passes from the operations before the widest one to those after it, at the last point before it where that is little."""
+    inside = set(ahead)
+    given = [n for n in graph.output_node().args[0] if isinstance(n, fx.Node) and n in inside]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    needed, open_ = set(), list(given)
+    while open_:
+        node = open_.pop()
+        if node not in needed:
+            needed.add(node)
+            open_ += node.all_input_nodes
+    order = [n for n in ahead if n in needed]
+    place = {n: i for i, n in enumerate(order)}
+    last = {root(n)[0]: len(order) for n in given}
+    for i, node in enumerate(order):
+        for read in (root(n)[0] for n in node.all_input_nodes):
+            if read in place:
+                last[read] = max(last.get(read, 0), i)
+    limit = SLACK * sum(_bytes(n) for n in {root(n)[0] for n in given})
+    width = max((_width(n) for n in given), default=0)
+    widest = max(range(len(order)), key=lambda i: (_width(order[i]), -i), default=0)
+    worth = next((i for i, n in enumerate(order) if _is_heavy(n) and 2 * _width(n) >= width), len(order))
+    for i in range(widest - 1, worth - 1, -1):
+        passing = {n for n, end in last.items() if place.get(n, i + 1) <= i < end}
+        if passing and sum(map(_bytes, passing)) <= limit:
+            return passing
+    return set()
+
+
+def _bytes(node: fx.Node) -> int:
+    return sum(t.nbytes for t in tensors(node) if t is not None)
+
+
+def _width(node: fx.Node) -> int:
+    return max((t.numel() for t in tensors(node) if t is not None), default=0)
+
+
+def _is_heavy(node: fx.Node) -> bool:
+    """Whether it takes more than to write its result."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target.namespace not in ("aten", "prims") or target._overloadpacket in flop_registry

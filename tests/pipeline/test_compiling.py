@@ -1,0 +1,53 @@
+"""What a compiled block keeps for its backward pass is what its policy says, and its gradients are those of the plain block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from torch import Tensor
+
+from diffpipe.pipeline.memory.compiling import compiled
+
+TOKENS, WIDTH, WIDER = 1088, 32, 96
+
+
+@pytest.fixture(scope="module")
+def block() -> WanTransformerBlock:
+    torch.manual_seed(0)
+    return WanTransformerBlock(WIDTH, WIDER, 2, cross_attn_norm=True)
+
+
+def passes(forward: Any, block: WanTransformerBlock) -> tuple[Tensor, list[Tensor], list[tuple[int, ...]]]:
+    """Output, gradients, and the shapes of the activations that are kept."""
+    generator = torch.Generator().manual_seed(1)
+    x, text = (torch.randn(1, n, WIDTH, generator=generator, requires_grad=True) for n in (TOKENS, 8))
+    time = torch.randn(1, 6, WIDTH, generator=generator)
+    turns = tuple(torch.randn(1, TOKENS, 1, WIDTH // 2, generator=generator) for _ in range(2))
+    parameters = {p.data_ptr() for p in block.parameters()}
+    kept: dict[int, tuple[int, ...]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters and tensor.numel() >= TOKENS * WIDTH:
+            kept[tensor.data_ptr()] = tuple(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = forward(x, text, time, turns)
+    inputs = [x, text, *(p for p in block.parameters() if p.requires_grad)]
+    gradients = torch.autograd.grad(out.square().sum(), inputs)
+    return out.detach(), list(gradients), list(kept.values())
+
+
+@pytest.mark.parametrize(("policy", "activations"), [("block", 1), ("selective", 2), ("parts", 3)])
+def test_a_compiled_block_keeps_what_its_policy_says(block: WanTransformerBlock, policy: str, activations: int) -> None:
+    want, wanted, everything = passes(block.forward, block)
+    out, gradients, kept = passes(compiled(block.forward, policy), block)
+    assert any(WIDER in shape for shape in everything) and not any(WIDER in shape for shape in kept)
+    # What goes in; the result of attention among all tokens (not of that to the text); what passes on to the feed-forward part.
+    assert len(kept) == activations, kept
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
