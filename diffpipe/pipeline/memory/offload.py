@@ -14,11 +14,17 @@ PAGE = 1 << 20  # bytes: host buffers are multiples of it, so that later activat
 
 
 class Kept:
-    """One activation in host memory, and on its way back on the device. Autograd owns it; its buffer is free when it goes."""
+    """One activation in host memory, and on its way there or back on the device. Autograd owns it; its buffer is free when it goes.
 
-    def __init__(self, offload: Offload, unit: int, like: Tensor, host: Tensor, written: Any) -> None:
+    Attributes:
+        leaving: the activation on the device, until its copy to the host is waited for.
+        back: the activation on the device again, and the event of its copy.
+    """
+
+    def __init__(self, offload: Offload, unit: int, tensor: Tensor, host: Tensor, written: Any) -> None:
         self.offload, self.unit, self.host, self.written = offload, unit, host, written
-        self.shape, self.stride, self.dtype, self.bytes = like.shape, like.stride(), like.dtype, like.nbytes
+        self.shape, self.stride, self.dtype, self.bytes = tensor.shape, tensor.stride(), tensor.dtype, tensor.nbytes
+        self.leaving: Tensor | None = tensor
         self.back: tuple[Tensor, Any] | None = None
 
     def restore(self) -> Tensor:
@@ -34,7 +40,9 @@ class Offload:
     """Moves what units save for their backward passes to page-locked host memory, and brings it back before it is needed.
 
     Units' backward passes come in the reverse order of their forward passes, so that while one is computed the
-    activations of the unit entered before it are fetched.
+    activations of the unit entered before it are fetched. While a unit is computed, copies of one unit's activations are under way,
+    never of more: the computation waits for those before. So how much is held does not depend on how far the host runs ahead of the
+    device, and all device memory is used in the order of the computation.
 
     Args:
         device: CUDA, or the CPU, where the same is done without streams.
@@ -59,6 +67,9 @@ class Offload:
         """Moves what one forward pass of a unit saves."""
         mine: list[weakref.ref[Kept]] = []
         number = len(self.units)
+        if number > 1:
+            for kept in _alive(self.units[number - 2]):
+                self._let_go(kept)
         self.units.append(mine)
 
         def pack(tensor: Tensor) -> Kept | None:
@@ -72,22 +83,26 @@ class Offload:
 
     def _away(self, tensor: Tensor, unit: int) -> Kept:
         host, free = self._take(tensor.nbytes)
-        written = torch.cuda.Event() if self.cuda else None
-        kept = Kept(self, unit, tensor, host, written)
+        kept = Kept(self, unit, tensor, host, torch.cuda.Event() if self.cuda else None)
         target = kept.laid_out(host)
         self.moved += tensor.nbytes
-        if written is not None:
+        if self.cuda:
             self.out.wait_stream(torch.cuda.current_stream(self.device))
             if free is not None:
                 self.out.wait_event(free)
             with torch.cuda.stream(self.out):
                 target.copy_(tensor, non_blocking=True)
-            written.record(self.out)
-            tensor.record_stream(self.out)
+            kept.written.record(self.out)
         else:
             target.copy_(tensor)
         weakref.finalize(kept, self._give_back, host)
         return kept
+
+    def _let_go(self, kept: Kept) -> None:
+        """Free an activation's memory on the device for what is computed once its copy is done."""
+        if kept.leaving is not None and self.cuda:
+            torch.cuda.current_stream(self.device).wait_event(kept.written)
+        kept.leaving = None
 
     def restore(self, kept: Kept) -> Tensor:
         """An activation on the device; what the unit before its own saved is fetched from now on."""
@@ -96,25 +111,29 @@ class Offload:
         tensor, event = kept.back
         kept.back = None  # the caller's now; it must not stay longer than it is used
         if event is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(event)
-            tensor.record_stream(current)
+            torch.cuda.current_stream(self.device).wait_event(event)
         if 0 < kept.unit <= len(self.units):
-            for reference in self.units[kept.unit - 1]:
-                if (other := reference()) is not None:
-                    self._fetch(other)
+            for other in _alive(self.units[kept.unit - 1]):
+                self._fetch(other)
         return tensor
 
     def _fetch(self, kept: Kept) -> None:
         """Start to bring an activation back."""
         if kept.back is not None:
             return
+        if kept.leaving is not None:
+            # Of the last units, whose backward passes come first: still there.
+            kept.back, kept.leaving = (kept.leaving, kept.written), None
+            return
         if not self.cuda:
             kept.back = (kept.laid_out(kept.host.clone()), None)
             return
+        # Memory of the computation's own stream: free for the copy when all that is queued now is done, and again after its last use.
+        flat = torch.empty(kept.bytes, dtype=torch.uint8, device=self.device)
+        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        self.back.wait_event(kept.written)
         with torch.cuda.stream(self.back):
-            self.back.wait_event(kept.written)
-            tensor = kept.laid_out(torch.empty(kept.bytes, dtype=torch.uint8, device=self.device))
+            tensor = kept.laid_out(flat)
             tensor.copy_(kept.laid_out(kept.host), non_blocking=True)
         kept.back = (tensor, self._event(self.back))
 
@@ -135,6 +154,10 @@ class Offload:
         event = torch.cuda.Event()
         event.record(stream)
         return event
+
+
+def _alive(references: list[weakref.ref[Kept]]) -> list[Kept]:
+    return [kept for reference in references if (kept := reference()) is not None]
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -58,13 +58,17 @@ class Home:
     def size(self) -> int:
         return -(-self.flat.numel() // ALIGNED) * ALIGNED
 
-    def bind(self, place: Tensor) -> None:
-        """Make the weights views of a place on the device that holds them. The parameters stay the objects they are, so what
-        autograd or a compiled block keeps of them stays valid."""
-        for s in self.slices:
+    def views(self, place: Tensor) -> list[Tensor]:
+        """The weights as views of a place on the device that holds them."""
+        return [s.of(place) for s in self.slices]
+
+    def bind(self, views: Sequence[Tensor]) -> None:
+        """Make the weights these views. The parameters stay the objects they are, so what autograd or a compiled block keeps of them
+        stays valid."""
+        for s, view in zip(self.slices, views, strict=True):
             parameter = s.owner._parameters[s.leaf]
             assert parameter is not None
-            parameter.data = s.of(place)
+            parameter.data = view
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,8 @@ class Placed:
 
     def restore(self) -> Tensor:
         """The view, in the place where the unit's weights are now."""
-        place = self.stream.arena[self.stream.bound[self.unit] :]
-        return place[self.begin :].view(torch.uint8)[: _reach(self)].view(self.dtype).as_strided(self.shape, self.stride)
-
-
-def _reach(view: Placed) -> int:
-    """Bytes from a view's first element to its last."""
-    return (1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))) * view.dtype.itemsize
+        typed = self.stream.typed(self.dtype)
+        return typed.as_strided(self.shape, self.stride, (self.stream.bound[self.unit] + self.begin) // self.dtype.itemsize)
 
 
 class Stream:
@@ -109,6 +108,8 @@ class Stream:
         least = smallest_room(self.sizes, [*order, *reversed(order)])
         self.arena = torch.empty(max(room or least, max(self.sizes.values())), dtype=torch.uint8, device=device)
         self.cuda = device.type == "cuda"
+        self.views: dict[tuple[int, int], list[Tensor]] = {}  # of a unit's weights at an offset; made anew they would cost more than a copy
+        self.types: dict[torch.dtype, Tensor] = {}
         self.copies: Any = torch.cuda.Stream(device) if self.cuda else None
         self.known: dict[Any, tuple[int, ...]] = {}
         self.plans: dict[Any, Plan] = {}
@@ -174,15 +175,22 @@ class Stream:
 
     def packer(self) -> Packer:
         """Keeps which weights were saved, not where they lay: in backward they lie elsewhere."""
-        storage = self.arena.untyped_storage().data_ptr()
+        start = self.arena.data_ptr()
+        end = start + self.arena.numel()
 
         def pack(tensor: Tensor) -> Placed | None:
-            if self.inside is None or tensor.untyped_storage().data_ptr() != storage:
+            if self.inside is None or not start <= tensor.data_ptr() < end:
                 return None
-            begin = int(tensor.storage_offset()) * tensor.dtype.itemsize - self.bound[self.inside]
+            begin = tensor.data_ptr() - start - self.bound[self.inside]
             return Placed(self, self.inside, begin, tensor.shape, tensor.stride(), tensor.dtype)
 
         return pack
+
+    def typed(self, dtype: torch.dtype) -> Tensor:
+        """The arena as elements of a type."""
+        if dtype not in self.types:
+            self.types[dtype] = self.arena[: self.arena.numel() // ALIGNED * ALIGNED].view(dtype)
+        return self.types[dtype]
 
     def _planned(self, visits: tuple[int, ...]) -> Plan:
         signature = (visits, tuple(sorted(self.resident.items())))
@@ -221,7 +229,9 @@ class Stream:
         if self.cuda and unit in self.ready:
             torch.cuda.current_stream(self.device).wait_event(self.ready[unit])
         if self.bound.get(unit) != offset or not self.cuda:
-            self.homes[unit].bind(self.arena[offset : offset + self.sizes[unit]])
+            if (unit, offset) not in self.views:
+                self.views[unit, offset] = self.homes[unit].views(self.arena[offset : offset + self.sizes[unit]])
+            self.homes[unit].bind(self.views[unit, offset])
             self.bound[unit] = offset
 
     def _event(self, stream: Any = None) -> Any:
