@@ -23,7 +23,7 @@ def dry_run(config: Config) -> str:
     whole, spans = outline(config, model)
     model.weights()
     check_formats(config, model)
-    check_optimizer(config.optimizer)
+    check_optimizer(config.optimizer, apart=config.adapter is None and bool(config.memory.swap))
     units = expand(whole, model.spec.units)
     sizes = stage_bytes(whole, model.spec)
     count = sum(p.numel() for p in whole.parameters())

@@ -29,6 +29,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import graphs
+from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -64,7 +65,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
-        check_optimizer(config.optimizer)
+        check_optimizer(config.optimizer, apart=config.adapter is None and bool(config.memory.swap))
         samples, held_out = open_data(config, model, mesh, sinks)
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
@@ -165,6 +166,8 @@ class Trainer:
         self.held_out = held_out
         self.module: nn.Module = pipeline.stage.part.model
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
+        self.release = Release(self.optimizer, mesh.mean_over_replicas, mesh.device)
+        pipeline.memory.release_with(self.release)
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
             samples.buckets,
@@ -253,10 +256,10 @@ class Trainer:
             return self.pipeline.train(batch.microbatches)
 
     def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """This rank's gradients, averaged over the replicas, and the norm of all ranks'."""
+        """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""
         gradients, counted = self.pipeline.gradients()
         self.mesh.mean_over_replicas(gradients)
-        return gradients, self.mesh.gradient_norm(counted)
+        return gradients, (self.mesh.gradient_norm(counted).square() + self.release.square()).sqrt()
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
@@ -326,6 +329,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.pipeline.memory.settle()
         state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_attention": self.pipeline.attention.cudnn}
         path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
         self.saved_at = time.monotonic()
@@ -333,6 +337,7 @@ class Trainer:
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
+        self.pipeline.memory.settle()
         for path in export_weights(
             self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats
         ):

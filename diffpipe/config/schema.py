@@ -344,7 +344,10 @@ class MemoryConfig(Section):
     )
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
     swap: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
-        default=0, description="Blocks of each stage whose frozen weights lie in host memory and stream to the device as they are used."
+        default=0,
+        description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used. Weights that"
+        " train are stepped as soon as their block's backward pass is over, with their optimizer state in host memory too; that needs"
+        " optimizer.clip null, mesh.stages 1, and batch.accumulate 1 or memory.order layer.",
     )
     room: float | None = Field(
         default=None, gt=0, description="MiB on the device that streamed weights share; null is what two blocks take, the least there is."
@@ -397,6 +400,19 @@ class Config(Section):
     export: ExportConfig = Field(default_factory=ExportConfig, description="What a person takes away.")
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="Memory against time.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What is recorded.")
+
+    @model_validator(mode="after")
+    def _streamed_training_fits(self) -> Config:
+        if self.adapter is not None or not self.memory.swap:
+            return self
+        what = "memory.swap streams weights that train (there is no adapter section), which are stepped in the backward pass: "
+        if self.optimizer.clip is not None:
+            raise ValueError(f"{what}optimizer.clip must be null, found {self.optimizer.clip}, since the norm is known only behind it")
+        if self.mesh.stages > 1:
+            raise ValueError(f"{what}mesh.stages must be 1, found {self.mesh.stages}")
+        if self.batch.accumulate > 1 and self.memory.order != "layer":
+            raise ValueError(f"{what}batch.accumulate {self.batch.accumulate} needs memory.order: layer")
+        return self
 
     @model_validator(mode="after")
     def _order_fits(self) -> Config:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from diffpipe.config.schema import OptimizerConfig, ScheduleConfig
 from diffpipe.errors import ConfigError
+from diffpipe.optim.apart import only
 from diffpipe.optim.state import NOTHING
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
@@ -57,13 +58,21 @@ def make_optimizer(config: OptimizerConfig, parameters: NamedParameters) -> Opti
     return torch.optim.AdamW(given, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def check_optimizer(config: OptimizerConfig) -> None:
+def check_optimizer(config: OptimizerConfig, apart: bool = False) -> None:
     """Find out what is wrong with the section before anything is read.
 
+    Args:
+        apart: whether some weights are stepped before others.
+
     Raises:
-        ConfigError: as ``make_optimizer`` does.
+        ConfigError: as ``make_optimizer`` and ``only`` do.
     """
-    make_optimizer(config, [("weight", nn.Parameter(torch.zeros(1, 1)))])
+    weight = nn.Parameter(torch.ones(16, 16))
+    optimizer = make_optimizer(config, [("weight", weight)])
+    if apart:
+        weight.grad = torch.ones(16, 16)
+        with only(optimizer, [weight]):
+            optimizer.step()
 
 
 def rates(config: OptimizerConfig, name: str) -> tuple[float, float]:

@@ -42,7 +42,9 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     memory = MemoryLayer(config.memory, model, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
-    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, Attention(config.model.attention))
+    # A step cannot be repeated once weights have moved in its backward pass.
+    attention = Attention("sdpa" if memory.trains else config.model.attention)
+    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention)
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:

@@ -16,6 +16,7 @@ from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.offload import Offload
 from diffpipe.pipeline.memory.quantize import has_products, quantize
 from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer, saving
 from diffpipe.pipeline.memory.staging import Staging
 from diffpipe.pipeline.memory.stream import Stream, streamed, watch
@@ -80,10 +81,28 @@ class MemoryLayer:
                 forward = watch(forward, partial(streams.enter, number))
             unit.forward = forward  # the instance's: a wrapping module would rename every parameter
 
+    @property
+    def trains(self) -> bool:
+        """Whether weights that train stream: they are stepped in the backward pass."""
+        return any(home.trained for home in self.homes.values())
+
+    def release_with(self, release: Release) -> None:
+        """Step streamed weights by ``release``."""
+        if self.stream is not None and self.trains:
+            self.stream.release = release
+
+    def settle(self) -> None:
+        """Have all trained weights and their optimizer state where parameters and optimizer say, between two steps."""
+        if self.stream is not None and self.stream.release is not None:
+            self.stream.settle()
+            self.stream.release.settle()
+
     def begin(self, key: Any) -> None:
         """A step begins; ``key`` is what decides the order in which units are used."""
         if self.stream is not None:
             self.stream.begin(key)
+            if self.stream.release is not None:
+                self.stream.release.begin()
         if self.offload is not None:
             self.offload.begin()
 

@@ -1,16 +1,19 @@
-"""Streams frozen weights: they lie in host memory, and each unit's are in the device's arena while it is used."""
+"""Streams weights: they lie in host memory, and each unit's are in the device's arena while it is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
+from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer
 from diffpipe.pipeline.memory.staging import Staging
 
@@ -34,25 +37,31 @@ class Slice:
 
 
 class Home:
-    """A unit's frozen weights in one flat host buffer.
+    """A unit's weights, but an adapter's, in one flat host buffer.
 
     Args:
-        unit: the module; its frozen parameters, on meta, become views of the buffer.
+        unit: the module; its parameters, on meta, become views of the buffer.
         pinned: page-lock the buffer, so that a device copies from it while it computes.
+
+    Attributes:
+        trained: the parameters among them that train.
     """
 
     def __init__(self, unit: nn.Module, pinned: bool) -> None:
         self.slices: list[Slice] = []
         begin = 0
-        for owner in unit.modules():
+        for path, owner in unit.named_modules():
             for leaf, p in owner._parameters.items():
-                if p is not None and not p.requires_grad:
+                if p is not None and not is_adapter(f"{path}.{leaf}"):
                     begin = -(-begin // ALIGNED) * ALIGNED
                     self.slices.append(Slice(owner, leaf, begin, p.shape, p.dtype))
                     begin += p.numel() * p.dtype.itemsize
         self.flat = torch.empty(begin, dtype=torch.uint8, pin_memory=pinned)
         for s in self.slices:
-            s.owner._parameters[s.leaf] = nn.Parameter(s.of(self.flat), requires_grad=False)
+            old = s.owner._parameters[s.leaf]
+            assert old is not None
+            s.owner._parameters[s.leaf] = nn.Parameter(s.of(self.flat), requires_grad=old.requires_grad)
+        self.trained = [p for p in self.parameters() if p.requires_grad]
 
     @property
     def size(self) -> int:
@@ -65,10 +74,12 @@ class Home:
     def bind(self, views: Sequence[Tensor]) -> None:
         """Make the weights these views. The parameters stay the objects they are, so what autograd or a compiled block keeps of them
         stays valid."""
-        for s, view in zip(self.slices, views, strict=True):
-            parameter = s.owner._parameters[s.leaf]
-            assert parameter is not None
+        for parameter, view in zip(self.parameters(), views, strict=True):
             parameter.data = view
+
+    def parameters(self) -> list[nn.Parameter]:
+        found = [s.owner._parameters[s.leaf] for s in self.slices]
+        return [p for p in found if p is not None]
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,10 @@ class Stream:
         self.plan: Plan | None = None
         self.trace: list[int] = []
         self.inside: int | None = None
+        self.backward = False  # whether it is entered for its backward pass
+        self.release: Release | None = None  # steps units whose weights train; without it none must
+        self.out: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.written: dict[int, Any] = {}  # by unit, the event of its stepped weights' copy to their home
         self.moved = 0
 
     def begin(self, key: Any) -> None:
@@ -145,9 +160,10 @@ class Stream:
         self.known[self.key] = tuple(self.trace)
         self.key = None
 
-    def enter(self, unit: int) -> None:
-        """Have a unit's weights on the device for what is queued from here on."""
+    def enter(self, unit: int, backward: bool = False) -> None:
+        """Have a unit's weights on the device for what is queued from here on, the forward pass or the backward pass of the unit."""
         if self.inside == unit:
+            self._turn(unit, backward)
             return
         self.leave()
         visit = len(self.trace)
@@ -161,17 +177,49 @@ class Stream:
             for load in self.plan.before[visit]:
                 self._copy(load)
             self._use(unit, self.plan.places[visit])
+        self._turn(unit, backward)
+
+    def _turn(self, unit: int, backward: bool) -> None:
+        if backward and not self.backward:
+            self.backward = True
+            if self.release is not None:
+                self.release.bring(self.homes[unit].trained)
 
     def leave(self) -> None:
         """The work of the unit that was entered last is queued."""
         if self.inside is None:
             return
-        visit = len(self.trace) - 1
-        self.inside = None
-        self.done[visit] = self._event()
+        visit, unit, backward = len(self.trace) - 1, self.inside, self.backward
+        self.inside, self.backward = None, False
+        if backward and self.release is not None and self.homes[unit].trained:
+            self.release.step(self.homes[unit].trained)
+            self._write_back(unit)
+        self.done[visit] = self.written[unit] if backward and unit in self.written else self._event()
         if self.plan is not None:
             for load in self.plan.behind[visit]:
                 self._copy(load)
+
+    def _write_back(self, unit: int) -> None:
+        """Copy a unit's stepped weights to their home; its place in the arena is not free before."""
+        home = self.homes[unit]
+        place = self.arena[self.bound[unit] : self.bound[unit] + home.flat.numel()]
+        if not self.cuda:
+            home.flat.copy_(place)
+            return
+        self.out.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.out):
+            home.flat.copy_(place, non_blocking=True)
+        self.written[unit] = self._event(self.out)
+
+    def settle(self) -> None:
+        """Let the parameters be what lies at home, for whoever reads or writes them between steps."""
+        self.end()
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+        for home in self.homes.values():
+            if home.trained:
+                home.bind(home.views(home.flat))
+        self.bound, self.resident = {}, {}
 
     def packer(self) -> Packer:
         """Keeps which weights were saved, not where they lay: in backward they lie elsewhere."""
@@ -219,6 +267,8 @@ class Stream:
             return
         with torch.cuda.stream(self.copies):
             self.copies.wait_event(self.done[load.after])
+            if load.unit in self.written:
+                self.copies.wait_event(self.written[load.unit])
             if self.staging is None:
                 place.copy_(home.flat, non_blocking=True)
             else:
@@ -256,22 +306,22 @@ class _Enter(torch.autograd.Function):
         return (None, *gradients)
 
 
-def watch(forward: Callable[..., Any], enter: Callable[[], None]) -> Callable[..., Any]:
-    """``forward`` with a call before its work, and one before that of its backward pass.
+def watch(forward: Callable[..., Any], enter: Callable[[bool], None]) -> Callable[..., Any]:
+    """``forward`` with ``enter(False)`` before its work, and ``enter(True)`` before that of its backward pass.
 
     An identity on the tensors that come out, rather than hooks on a module: a hook would make a compiled module run
     uncompiled.
     """
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        enter()
+        enter(False)
         out = forward(*args, **kwargs)
         if not torch.is_grad_enabled():
             return out
         leaves, spec = tree_flatten(out)
         chosen = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if chosen:
-            for i, x in zip(chosen, _Enter.apply(enter, *(leaves[i] for i in chosen)), strict=True):
+            for i, x in zip(chosen, _Enter.apply(partial(enter, True), *(leaves[i] for i in chosen)), strict=True):
                 leaves[i] = x
         return tree_unflatten(leaves, spec)
 

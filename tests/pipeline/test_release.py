@@ -1,0 +1,127 @@
+"""Full fine-tuning with streamed weights: stepped in the backward pass, block by block, to the same weights bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from diffpipe.config.schema import OptimizerConfig
+from diffpipe.errors import ConfigError
+from diffpipe.models import MODELS, make_model
+from diffpipe.optim import check_optimizer, make_optimizer, set_rates
+from diffpipe.optim.state import restore_state, state_of
+from diffpipe.pipeline.build import build
+from diffpipe.pipeline.memory.release import Release
+from diffpipe.pipeline.mesh import open_mesh
+from tests.families import frames_of, microbatch
+from tests.pipeline.test_memory import config_of
+
+Toys = Callable[[str], Path]
+Outcome = tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]
+
+
+def trained(
+    family: str, checkpoint: Path, memory: dict[str, Any], steps: range, count: int = 1, before: Outcome | None = None, **optimizer: Any
+) -> Outcome:
+    """Losses, squared gradient norms, weights and optimizer state of some steps, perhaps on from where others ended."""
+    given = {"clip": None, **optimizer}
+    config = config_of(family, checkpoint, None, memory, optimizer=given, batch={"accumulate": count})
+    if optimizer.get("kind") == "adamw8bit-kahan" or optimizer.get("rounding"):
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16", "trainable_dtype": "bfloat16"})})
+    model = make_model(config.model, config.objective)
+    losses, squares = [], []
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        part = pipeline.stage.part.model
+        stepper = make_optimizer(config.optimizer, part.named_parameters())
+        release = Release(stepper, mesh.mean_over_replicas, mesh.device)
+        pipeline.memory.release_with(release)
+        if before is not None:
+            with torch.no_grad():
+                for name, p in part.named_parameters():
+                    p.copy_(before[2][name])
+            restore_state(stepper, before[3])
+        set_rates(stepper, 1.0)
+        for i in steps:
+            batch = [microbatch(model, seed=10 * i + j, count=1, frames=frames_of(model)) for j in range(count)]
+            losses.append(pipeline.train(batch).item())
+            rest = [p.grad.float().square().sum() for p in part.parameters() if p.grad is not None]
+            squares.append((sum(rest, torch.zeros((), device=mesh.device)) + release.square()).item())
+            stepper.step()
+            stepper.zero_grad()
+            losses.append(pipeline.evaluate(batch[:1]).item())
+        pipeline.memory.settle()
+        weights = {n: p.detach().clone() for n, p in part.named_parameters()}
+        return losses, squares, weights, {k: v.clone() for k, v in state_of(stepper).items()}
+
+
+def same(got: Outcome, want: Outcome) -> None:
+    assert got[0] == want[0]
+    assert got[1] == pytest.approx(want[1], rel=1e-3)
+    for ours, theirs in ((got[2], want[2]), (got[3], want[3])):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert torch.equal(ours[name].cpu(), value.cpu()), name
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_streamed_weights_train_to_the_same_bits(toys: Toys, family: str) -> None:
+    same(
+        trained(family, toys(family), {"swap": "all"}, range(3)),
+        trained(family, toys(family), {"recompute": "none"}, range(3)),
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer", [{"kind": "adamw8bit-kahan"}, {"kind": "adamw", "rounding": "stochastic"}, {"kind": "lion"}, {"kind": "adafactor"}]
+)
+def test_with_any_optimizer_that_steps_weights_one_by_one(toys: Toys, optimizer: dict[str, Any]) -> None:
+    memory = {"swap": 4, "room": 1.0, "offload": True, "offload_threshold": 0.001}
+    same(trained("wan", toys("wan"), memory, range(2), **optimizer), trained("wan", toys("wan"), {}, range(2), **optimizer))
+
+
+def test_two_microbatches_in_layer_order_and_a_resumed_run(toys: Toys) -> None:
+    layer = {"swap": "all", "order": "layer"}
+    unbroken = trained("flux", toys("flux"), layer, range(4), count=2)
+    same(unbroken, trained("flux", toys("flux"), {}, range(4), count=2))
+    first = trained("flux", toys("flux"), layer, range(2), count=2)
+    rest = trained("flux", toys("flux"), layer, range(2, 4), count=2, before=first)
+    same((first[0] + rest[0], first[1] + rest[1], rest[2], rest[3]), unbroken)
+
+
+def test_no_gradient_outlives_its_block(toys: Toys) -> None:
+    config = config_of("wan", toys("wan"), None, {"swap": "all"}, optimizer={"clip": None})
+    model = make_model(config.model, config.objective)
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        part = pipeline.stage.part.model
+        pipeline.memory.release_with(
+            Release(make_optimizer(config.optimizer, part.named_parameters()), mesh.mean_over_replicas, mesh.device)
+        )
+        pipeline.train([microbatch(model, seed=0, count=1, frames=frames_of(model))])
+        held = [n for n, p in part.named_parameters() if p.grad is not None]
+    assert held and not any(n.startswith("blocks.") for n in held)
+
+
+def test_an_optimizer_with_state_for_all_weights_together_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.kind: Prodigy keeps .* for all weights together"):
+        check_optimizer(OptimizerConfig(kind="prodigy"), apart=True)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"optimizer": {"clip": 1.0}}, r"optimizer\.clip must be null, found 1"),
+        ({"optimizer": {"clip": None}, "mesh": {"stages": 2}}, r"mesh\.stages must be 1, found 2"),
+        ({"optimizer": {"clip": None}, "batch": {"accumulate": 2}}, r"batch\.accumulate 2 needs memory\.order: layer"),
+    ],
+)
+def test_what_stepping_in_the_backward_pass_does_not_allow_is_told(tmp_path: Path, more: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        config_of("wan", tmp_path, None, {"swap": "all"}, **more)
