@@ -39,13 +39,13 @@ class Fp8Linear(FrozenLinear):
         return dequantized(self.codes, self.scale, dtype)
 
     def encoded(self, source: WeightSource, name: str, device: torch.device) -> dict[str, Tensor]:
-        codes, scale = source.codes(name) or self.quantized(source.read(name).to(device), name)
+        codes, scale = source.codes(name) or self.quantized(source.read(name).to(device).float(), name)
         return {"codes": codes, "scale": scale}
 
     def quantized(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """A weight as codes and scales; its name is for messages."""
+        """A float32 weight as codes and scales; its name is for messages."""
         scale = _scale(weight.abs().amax(1))
-        return (weight.float() / scale[:, None]).to(FP8), scale
+        return (weight / scale[:, None]).to(FP8), scale
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, products={self.products}"
@@ -81,11 +81,11 @@ class BlockFp8Linear(FrozenLinear):
         return dequantized(self.codes, self.scale, dtype)
 
     def encoded(self, source: WeightSource, name: str, device: torch.device) -> dict[str, Tensor]:
-        weight = source.read(name).to(device)
+        weight = source.read(name).to(device).float()
         rows, columns = weight.shape
         padded = nn.functional.pad(weight, (0, -columns % BLOCK, 0, -rows % BLOCK))
         scale = _scale(padded.abs().unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK)).amax((1, 3)))
-        return {"codes": (weight.float() / _spread(scale, rows, columns)).to(FP8), "scale": scale}
+        return {"codes": (weight / _spread(scale, rows, columns)).to(FP8), "scale": scale}
 
 
 def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -107,7 +107,7 @@ def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
 def _scale(largest: Tensor) -> Tensor:
     """The power of two that brings values up to ``largest`` into e4m3: any 16-bit type holds a code times it exactly, so that
     the weight is the same whatever it is brought to. Being a floating type, e4m3 is no less precise for it."""
-    return torch.exp2((largest.float() / LARGEST).clamp(min=2.0**-100).log2().ceil())
+    return torch.exp2((largest / LARGEST).clamp(min=2.0**-100).log2().ceil())
 
 
 def _by_row(x: Tensor) -> tuple[Tensor, Tensor]:

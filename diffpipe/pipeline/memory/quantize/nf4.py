@@ -32,7 +32,8 @@ class Nf4Linear(FrozenLinear):
         return _dequantized(self.codes, self.scale, dtype, [self.out_features, self.in_features])
 
     def encoded(self, source: WeightSource, name: str, device: torch.device) -> dict[str, Tensor]:
-        codes, scale = torch.ops.bitsandbytes.quantize_4bit(source.read(name).to(device), BLOCK, "nf4", torch.uint8)
+        weight = source.read(name).to(device).float()
+        codes, scale = torch.ops.bitsandbytes.quantize_4bit(weight, BLOCK, "nf4", torch.uint8)
         return {"codes": codes.flatten(), "scale": scale}
 
 
