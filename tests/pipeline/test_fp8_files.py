@@ -98,7 +98,7 @@ def test_every_fp8_kind_takes_the_bits_of_a_file(toys: Toys, tmp_path: Path, kin
 
 
 def test_e5m2_is_coded_anew(toys: Toys, tmp_path: Path) -> None:
-    model, tensors = originals_of("wan", toys)
+    _, tensors = originals_of("wan", toys)
     name = "blocks.0.ffn.0.weight"
     small = tensors[name].to(torch.float8_e5m2)
     save_file(tensors | {name: small}, tmp_path / "e5m2.safetensors")
