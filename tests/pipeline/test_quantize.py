@@ -23,7 +23,7 @@ from diffpipe.pipeline.memory.quantize import quantize
 from diffpipe.pipeline.memory.quantize.fp8 import FEW, BlockFp8Linear, Fp8Linear, PlainFp8Linear
 from diffpipe.pipeline.memory.quantize.frozen import FrozenLinear
 from diffpipe.pipeline.memory.quantize.nf4 import Nf4Linear
-from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.memory.tags import tag
 from diffpipe.pipeline.mesh import open_mesh
 from tests.families import frames_of, microbatch
 from tests.pipeline.test_memory import POLICIES, config_of, same, steps_of
@@ -110,8 +110,8 @@ def test_a_weight_beyond_what_e4m3_holds_is_refused_unless_scaled() -> None:
         assert layer_of(kind, plain).weight[3, 5] == 448
 
 
-def saved_by(forward: Callable[[Tensor], Tensor], x: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what a compiled function keeps for its backward pass; nothing is run."""
+def saved_by(forward: Callable[[Tensor], Tensor], x: Tensor, policy: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what a function compiled under a policy keeps for its backward pass; nothing is run."""
     kept: list[tuple[tuple[int, ...], torch.dtype]] = []
 
     def note(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -125,22 +125,27 @@ def saved_by(forward: Callable[[Tensor], Tensor], x: Tensor) -> list[tuple[tuple
         run._boxed_call = True  # type: ignore[attr-defined] - how such a callable says that it takes one list
         return run
 
-    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=min_cut_rematerialization_partition)
-    torch.compile(forward, backend=backend, dynamic=False)(x)
+    def cut(joint: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if policy != "none":
+            tag(joint.graph, policy)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=cut)
+    torch.compile(forward, backend=backend, dynamic=False, fullgraph=True)(x)
     return kept
 
 
 @pytest.mark.parametrize("kind", ["products", *KINDS])
 def test_a_compiled_block_that_is_recomputed_keeps_no_result(kind: str) -> None:
     layer = layer_of(kind, plain_layer())
-    kept = saved_by(recompute(lambda x: torch.relu(layer(x)), "block"), torch.randn(2 * FEW, 256, requires_grad=True))
+    kept = saved_by(lambda x: torch.relu(layer(x)), torch.randn(2 * FEW, 256, requires_grad=True), "block")
     assert ((2 * FEW, 256), torch.float32) in kept and ((2 * FEW, 512), torch.float32) not in kept
 
 
 @pytest.mark.parametrize("kind", ["products", *KINDS])
 def test_a_compiled_block_that_is_not_recomputed_keeps_codes_and_no_weight(kind: str) -> None:
     layer = layer_of(kind, plain_layer())
-    kept = saved_by(lambda x: torch.relu(layer(x)), torch.randn(2 * FEW, 256, requires_grad=True))
+    kept = saved_by(lambda x: torch.relu(layer(x)), torch.randn(2 * FEW, 256, requires_grad=True), "none")
     assert (tuple(layer.codes.shape), layer.codes.dtype) in kept
     assert ((512, 256), torch.float32) not in kept
 

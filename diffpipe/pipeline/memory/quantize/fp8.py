@@ -33,7 +33,10 @@ class Fp8Linear(FrozenLinear):
         self.scale = empty(inner.out_features, dtype=torch.float32)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.diffpipe.fp8_linear(x, self.codes, self.scale, bias, self.products and x.shape[0] >= FEW)
+        if not self.products or x.shape[0] < FEW:
+            return Dequantized.apply(dequantized, x, self.codes, self.scale, bias)
+        out = _Product.apply(x, self.codes, self.scale)
+        return out if bias is None else out + bias
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return dequantized(self.codes, self.scale, dtype)
@@ -75,7 +78,7 @@ class BlockFp8Linear(FrozenLinear):
         self.scale = empty(-(-inner.out_features // BLOCK), -(-inner.in_features // BLOCK), dtype=torch.float32)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.diffpipe.fp8_linear(x, self.codes, self.scale, bias, False)
+        return Dequantized.apply(dequantized, x, self.codes, self.scale, bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return dequantized(self.codes, self.scale, dtype)
@@ -135,14 +138,3 @@ class _Product(torch.autograd.Function):
         columns = behind(codes.view(torch.uint8), gradient).t().contiguous().view(FP8).t()
         ones = torch.ones((1, codes.shape[1]), dtype=torch.float32, device=codes.device)
         return torch._scaled_mm(rows, columns, scale_a=by, scale_b=ones, out_dtype=gradient.dtype), None, None
-
-
-torch.library.define("diffpipe::fp8_linear", "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, bool products) -> Tensor")
-
-
-@torch.library.impl("diffpipe::fp8_linear", "CompositeImplicitAutograd")
-def _fp8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, products: bool) -> Tensor:
-    if not products:
-        return Dequantized.apply(dequantized, x, codes, scale, bias)
-    out = _Product.apply(x, codes, scale)
-    return out if bias is None else out + bias

@@ -63,12 +63,7 @@ def empty(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 
 
 class Dequantized(torch.autograd.Function):
-    """x W^T + b, the weight brought to the type of x for the product alone: of it, only the codes are kept for backward.
-
-    To be called within an operator of ``torch.library``. Dynamo takes one for a single node of its graph, which a recomputed
-    block then computes again like all others; what a function returns it would keep (torch 2.11). Such an operator has no kernel
-    below autograd, so what is compiled in the end are the operators that are called here, fused with what is around them.
-    """
+    """x W^T + b, the weight brought to the type of x for the product alone: of it, only the codes are kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, dequantized: Callable[..., Tensor], x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,6 +79,6 @@ class Dequantized(torch.autograd.Function):
 
 
 def behind(tensor: Tensor, gradient: Tensor) -> Tensor:
-    """The tensor as it is, made such that it seems to depend on the gradient: a compiler would bring a weight to another type or
-    layout in the forward pass, where it can, and keep the result for backward."""
+    """The tensor as it is, though a compiler must think that it depends on the gradient. It would bring a weight to another type
+    or layout in the forward pass, where that can be done too, and keep the result for backward."""
     return tensor + (gradient[0, 0].abs() < 0).to(tensor.dtype)

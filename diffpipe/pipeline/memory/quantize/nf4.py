@@ -26,7 +26,7 @@ class Nf4Linear(FrozenLinear):
         self.scale = empty(-(-count // BLOCK), dtype=torch.float32)
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.diffpipe.nf4_linear(x, self.codes, self.scale, bias, self.out_features)
+        return Dequantized.apply(partial(_dequantized, shape=[self.out_features, self.in_features]), x, self.codes, self.scale, bias)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         return _dequantized(self.codes, self.scale, dtype, [self.out_features, self.in_features])
@@ -56,11 +56,3 @@ def _register() -> None:
 
 def _dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype, shape: list[int]) -> Tensor:
     return torch.ops.bitsandbytes.dequantize_4bit(codes, scale, BLOCK, "nf4", shape, dtype)
-
-
-torch.library.define("diffpipe::nf4_linear", "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int rows) -> Tensor")
-
-
-@torch.library.impl("diffpipe::nf4_linear", "CompositeImplicitAutograd")
-def _nf4_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return Dequantized.apply(partial(_dequantized, shape=[rows, x.shape[1]]), x, codes, scale, bias)
