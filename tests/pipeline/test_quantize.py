@@ -54,7 +54,7 @@ def plain_layer(rows: int = 512, columns: int = 256) -> nn.Linear:
     return nn.Linear(columns, rows).requires_grad_(False)
 
 
-def passed(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def passed(layer: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """A layer's output, and the gradient of its input."""
     given = x.clone().requires_grad_()
     out = layer(given)
