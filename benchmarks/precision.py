@@ -1,6 +1,6 @@
 """How far the loss and a LoRA's gradients are from float32 in each form that frozen weights are kept in, on one GPU or the CPU.
 
-    python -m benchmarks.precision [flux wan] [--depth 2 8 57] [--size 1024x1024x1] [--forms fp8 nf4]
+    python -m benchmarks.precision [flux wan] [--depth 2 8 all] [--size 1024x1024x1] [--forms fp8 nf4]
 
 Blocks of released width with random weights, the same for each form, as are the sample, its noise and the LoRA: both of its
 factors are drawn, since at the start of a run one is zero, and with it half of the gradients. Random weights have none of a
@@ -23,15 +23,18 @@ from torch import Tensor
 
 from benchmarks.synthetic import Config, drawn, make_random, microbatches
 
-# By family: what a depth is in the config of its class; height, width and frames.
-FAMILIES: dict[str, tuple[Any, tuple[int, int, int]]] = {
-    "flux": (lambda n: {"num_layers": max(1, n // 3), "num_single_layers": n - max(1, n // 3)}, (1024, 1024, 1)),
-    "wan": (lambda n: {"num_layers": n}, (512, 512, 17)),
+# By family: what a depth is in the config of its class; all its blocks; height, width and frames.
+FAMILIES: dict[str, tuple[Any, int, tuple[int, int, int]]] = {
+    "flux": (lambda n: {"num_layers": max(1, n // 3), "num_single_layers": n - max(1, n // 3)}, 57, (1024, 1024, 1)),
+    "wan": (lambda n: {"num_layers": n}, 40, (512, 512, 17)),
 }
-# By name: the memory section. Products are left out where the device has none.
+MODULATION = r"norm\d?(_context)?\.linear"
+# By name: the memory section, and patterns of layers that stay in bf16. Products are left out where the device has none, and
+# modulation where a family's blocks have no layers for it.
 FORMS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "fp8": {"quantize": "fp8", "products": False},
+    "fp8, modulation in bf16": {"quantize": "fp8", "products": False, "kept": (MODULATION,)},
     "fp8, products": {"quantize": "fp8", "products": True},
     "fp8-plain": {"quantize": "fp8-plain", "products": False},
     "fp8-plain, products": {"quantize": "fp8-plain", "products": True},
@@ -48,7 +51,7 @@ class Step:
     gradients: dict[str, Tensor]  # float32, on the CPU
 
 
-def step_of(family: str, depth: int, size: tuple[int, int, int], dtype: str, memory: dict[str, Any]) -> Step:
+def step_of(family: str, depth: int, size: tuple[int, int, int], dtype: str, form: dict[str, Any]) -> Step:
     """Loss and gradients of one sample."""
     from diffpipe.pipeline.build import build
     from diffpipe.pipeline.mesh import open_mesh
@@ -61,10 +64,10 @@ def step_of(family: str, depth: int, size: tuple[int, int, int], dtype: str, mem
             "objective": {"min_t": 0.5, "max_t": 0.500001},
             "adapter": {"rank": 32},
             "data": {"folders": [{"path": "unused"}]},
-            "memory": memory,
+            "memory": {key: value for key, value in form.items() if key != "kept"},
         }
     )
-    model = make_random(config, FAMILIES[family][0](depth))
+    model = make_random(config, FAMILIES[family][0](depth), form.get("kept", ()))
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
         trained = {n: p for n, p in pipeline.stage.part.model.named_parameters() if p.requires_grad}
@@ -94,7 +97,7 @@ def main() -> None:
 
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("families", nargs="*", default=list(FAMILIES))
-    options.add_argument("--depth", type=int, nargs="+", default=[2, 8])
+    options.add_argument("--depth", nargs="+", default=["2", "8", "all"], help="blocks; all of them in float32 take 80 GB")
     options.add_argument("--size", help="height x width x frames, such as 256x256x1")
     options.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     given = options.parse_args()
@@ -104,12 +107,14 @@ def main() -> None:
     forms = [f for f in given.forms if not FORMS[f].get("products") or has_products(torch.device("cuda" if cuda else "cpu"))]
     print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}", flush=True)
     for family in given.families:
-        size = tuple(int(n) for n in given.size.split("x")) if given.size else FAMILIES[family][1]
-        for depth in given.depth:
+        size = tuple(int(n) for n in given.size.split("x")) if given.size else FAMILIES[family][2]
+        for depth in (FAMILIES[family][1] if d == "all" else int(d) for d in given.depth):
             print(f"\n{family}, {depth} blocks, {'x'.join(map(str, size))}\n")
             print("| frozen weights | loss | gradients, median | worst | cosine, all | lowest |\n| --- | --- | --- | --- | --- | --- |")
             wanted = step_of(family, depth, size, "float32", {})
             for form in forms:
+                if "kept" in FORMS[form] and family == "wan":
+                    continue
                 release()
                 print(row(form, step_of(family, depth, size, "bfloat16", FORMS[form]), wanted), flush=True)
             release()

@@ -50,15 +50,18 @@ USUAL: dict[str, tuple[int, int, int]] = {
 }
 
 
-def make_random(config: Config, changes: Mapping[str, Any] | None = None) -> DiffusionModel:
+def make_random(config: Config, changes: Mapping[str, Any] | None = None, kept: tuple[str, ...] = ()) -> DiffusionModel:
     """The family's released model with random weights, made on the GPU where there is one as they are asked for.
 
     Args:
         changes: to the config of its diffusers class, such as fewer layers.
+        kept: patterns of layers that are not kept in few bits, beside the family's.
     """
     family = model_class(config.model.family)
 
     class Random(family):  # type: ignore[misc, valid-type]
+        high_precision = (*family.high_precision, *kept)
+
         @cached_property
         def denoiser_config(self) -> dict[str, Any]:
             return {**super().denoiser_config, **(changes or {})}

@@ -96,8 +96,12 @@ def test_a_layer_computes_with_the_weight_that_it_tells(kind: str, dtype: torch.
 
 @pytest.mark.parametrize("kind", ["fp8", "fp8-plain", "fp8-block"])
 def test_fp8_weights_are_the_same_whatever_type_they_are_brought_to(kind: str) -> None:
-    layer = layer_of(kind, plain_layer())
-    assert torch.equal(layer.dequantized(torch.bfloat16).float(), layer.dequantized(torch.float32))
+    plain = plain_layer()
+    plain.weight[128:256, :128] *= 2.0**-20  # a row and a block of values that float16 hardly has
+    layer = layer_of(kind, plain)
+    exact = layer.dequantized(torch.float32)
+    assert torch.equal(layer.dequantized(torch.bfloat16).float(), exact)
+    assert torch.equal(layer.dequantized(torch.float16), exact.half())
 
 
 def test_a_weight_beyond_what_e4m3_holds_is_refused_unless_scaled() -> None:

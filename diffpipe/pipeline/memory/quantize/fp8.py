@@ -97,7 +97,8 @@ def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     Args:
         scale: one for each row, or for each block.
     """
-    return codes.to(dtype) * _spread(scale.to(dtype), *codes.shape)
+    kind = torch.float32 if dtype == torch.float16 else dtype  # small scales are none of float16's values
+    return (codes.to(kind) * _spread(scale.to(kind), *codes.shape)).to(dtype)
 
 
 def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
@@ -108,8 +109,8 @@ def _spread(scale: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _scale(largest: Tensor) -> Tensor:
-    """The power of two that brings values up to ``largest`` into e4m3: any 16-bit type holds a code times it exactly, so that
-    the weight is the same whatever it is brought to. Being a floating type, e4m3 is no less precise for it."""
+    """The power of two that brings values up to ``largest`` into e4m3: bfloat16 holds a code times it exactly, so that the weight
+    is the same there as in float32. Being a floating type, e4m3 is no less precise for it."""
     return torch.exp2((largest / LARGEST).clamp(min=2.0**-100).log2().ceil())
 
 
