@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+from collections.abc import Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +50,40 @@ USUAL: dict[str, tuple[int, int, int]] = {
 }
 
 
-def make_random(config: Config) -> DiffusionModel:
-    """The family's released model with random weights, made on the GPU where there is one as they are asked for."""
+def make_random(config: Config, changes: Mapping[str, Any] | None = None, kept: tuple[str, ...] = ()) -> DiffusionModel:
+    """The family's released model with random weights, made on the GPU where there is one as they are asked for.
+
+    Args:
+        changes: to the config of its diffusers class, such as fewer layers.
+        kept: patterns of layers that are not kept in few bits, beside the family's.
+    """
     family = model_class(config.model.family)
 
     class Random(family):  # type: ignore[misc, valid-type]
+        high_precision = (*family.high_precision, *kept)
+
+        @cached_property
+        def denoiser_config(self) -> dict[str, Any]:
+            return {**super().denoiser_config, **(changes or {})}
+
         def weights(self) -> WeightSource:
-            return WeightSource({n: lazily(s, torch.bfloat16, lambda s=s: _values(s)) for n, s in self.shapes.items()}, Path("random"))
+            return WeightSource({n: lazily(s, torch.bfloat16, partial(_values, n, s)) for n, s in self.shapes.items()}, Path("random"))
 
     return Random(config.model, config.objective)
 
 
-def _values(shape: tuple[int, ...]) -> Tensor:
-    """Norm weights near one and small matrices, as in a trained model: depth must not blow activations up."""
+def _values(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Norm weights of one and small matrices and biases, as in a trained model: depth must not blow activations up. Always the same."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if len(shape) == 1:
+    if len(shape) == 1 and not name.endswith("bias"):
         return torch.ones(shape, device=device, dtype=torch.bfloat16)
-    return torch.randn(shape, device=device, dtype=torch.bfloat16) * 0.01
+    return drawn(name, shape, device).mul_(0.01).to(torch.bfloat16)
+
+
+def drawn(name: str, shape: tuple[int, ...], device: str | torch.device) -> Tensor:
+    """Normal values that depend on the name alone."""
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
+    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
 def cached(model: DiffusionModel, height: int, width: int, frames: int, number: int = 0) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=2 tests/runs_program.py FOLDER
 
-The run of FAMILY lies in FOLDER/FAMILY-KIND afterwards, KIND being full or lora.
+The run of FAMILY lies in FOLDER/FAMILY-KIND afterwards, KIND being full or lora, or for some a form of the base under a LoRA.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from diffpipe.train import train_on
 
 ADAPTERS: dict[str, dict[str, Any] | None] = {"full": None, "lora": {"rank": 4, "alpha": 2.0}}
 
+FEW_BITS = [("flux", "nf4"), ("wan", "fp8")]  # bases whose weights are kept in few bits
+
 
 def config_of(family: str, kind: str, folder: Path, stages: int) -> Config:
     """Three steps on drawn media, pictures and clips mixed where the family takes both, checkpointed after each."""
@@ -31,7 +33,8 @@ def config_of(family: str, kind: str, folder: Path, stages: int) -> Config:
             "mesh": {"stages": stages},
             "batch": {"micro": 1, "accumulate": 2},
             "model": {"family": family, "path": f"toy:{family}", "dtype": "float32"},
-            "adapter": ADAPTERS[kind],
+            "adapter": ADAPTERS.get(kind, ADAPTERS["lora"]),
+            "memory": {} if kind in ADAPTERS else {"quantize": kind, "swap": "all"},
             "optimizer": {"lr": 1e-3},
             "data": {
                 "folders": [{"path": "toy:clips" if video else "toy:pictures", **controls}],
@@ -54,7 +57,8 @@ def prepared(family: str, kind: str, folder: Path, stages: int) -> Config:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    configs = [prepared(family, kind, folder, 2) for family in sorted(MODELS) for kind in ADAPTERS]
+    runs = [(family, kind) for family in sorted(MODELS) for kind in ADAPTERS] + FEW_BITS
+    configs = [prepared(family, kind, folder, 2) for family, kind in runs]
     with open_mesh(configs[0].mesh) as mesh:
         for config in configs:
             train_on(mesh, config, resume=None, make_sinks=list)

@@ -23,7 +23,7 @@ from diffpipe.train import train
 from tests.conftest import ROOT, World
 from tests.export.tiny import as_trained
 from tests.families import frames_of, microbatch
-from tests.runs_program import ADAPTERS, prepared
+from tests.runs_program import ADAPTERS, FEW_BITS, prepared
 
 CASES = [pytest.param(family, kind, id=f"{family}-{kind}") for family in sorted(MODELS) for kind in ADAPTERS]
 
@@ -60,7 +60,7 @@ def one_process(two_stages: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     return run
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize(("family", "kind"), [*CASES, *FEW_BITS])
 def test_two_stages_train_as_one_process_does(two_stages: Path, one_process: Any, family: str, kind: str) -> None:
     _, one = one_process(family, kind)
     two = run_in(two_stages / f"{family}-{kind}")

@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from diffpipe.errors import DiffpipeError
 from diffpipe.models import MODELS
+from diffpipe.pipeline.memory.compiling import compiled
+from diffpipe.pipeline.memory.quantize import has_products
 from diffpipe.train import train
 from tests.conftest import World
 from tests.pipeline.test_memory import POLICIES, steps_of
 from tests.pipeline.test_memory import config_of as config_with
+from tests.pipeline.test_quantize import KINDS, layer_of, passed, plain_layer
 from tests.runs_program import config_of, prepared
 from tests.test_train import losses
 
@@ -69,6 +73,37 @@ def test_compiled_blocks_that_stream_and_are_offloaded_train_as_plain_ones(toys:
         assert (loss, evaluated) == pytest.approx((want, held), rel=1e-3)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, wanted[name], rtol=2e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_of_weights_in_few_bits_change_no_number(toys: Callable[[str], Path], kind: str) -> None:
+    plain = steps_of(config_with("flux", toys("flux"), {"rank": 4}, {"recompute": "none", "quantize": kind}))
+    got = steps_of(config_with("flux", toys("flux"), {"rank": 4}, {**POLICIES["everything"], "quantize": kind}))
+    for (loss, gradients, evaluated), (want, wanted, held) in zip(got, plain, strict=True):
+        assert (loss, evaluated) == pytest.approx((want, held), rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("policy", ["block", "none"])
+@pytest.mark.parametrize("kind", ["products", *KINDS])
+def test_compiled_layers_in_few_bits_are_near_the_weight_and_keep_little(kind: str, policy: str) -> None:
+    if kind == "products" and not has_products(torch.device("cuda")):
+        pytest.skip("this card does not multiply fp8")
+    plain = [plain_layer(2048, 2048).to(torch.bfloat16) for _ in range(4)]
+    small = nn.Sequential(*(layer_of(kind, layer) for layer in plain)).cuda()
+    x = torch.randn(4096, 2048, device="cuda", dtype=torch.bfloat16)
+    wanted = passed(nn.Sequential(*plain).cuda(), x)
+    forward = compiled(small.forward, policy)
+    limit = {"nf4": 0.25, "products": 0.12}.get(kind, 0.1)  # four layers' errors add up
+    for outcome in (passed(small, x), passed(forward, x)):
+        assert all((a - b).norm() / b.norm() < limit for a, b in zip(outcome, wanted, strict=True))
+    given = x.clone().requires_grad_()
+    held = torch.cuda.memory_allocated()
+    out = forward(given)
+    # No weight in another type, of 8 MiB, nor a copy of one in another layout, of 4 MiB; nor an activation, which the gradient
+    # of a frozen layer has no use for.
+    assert torch.cuda.memory_allocated() - held - out.nbytes < 2**20
 
 
 def test_attention_whose_gradients_are_not_finite_is_taken_no_more(world: World) -> None:

@@ -363,11 +363,16 @@ class MemoryConfig(Section):
     )
     offload: bool = Field(default=False, description="Move saved activations to host memory between forward and backward.")
     offload_threshold: float = Field(default=16.0, gt=0, description="MiB from which a saved activation is moved.")
-    quantize: Literal["none", "fp8"] = Field(
-        default="none", description="Kept form of frozen linear weights in blocks: fp8 (e4m3, scaled by row)."
+    quantize: Literal["none", "fp8", "fp8-plain", "fp8-block", "nf4"] = Field(
+        default="none",
+        description="Kept form of the linear weights in blocks that adapters leave frozen: `fp8` (e4m3, scaled by row), `fp8-plain`"
+        " (e4m3, not scaled), `fp8-block` (e4m3, scaled by 128 x 128 values), `nf4` (4 bits, scaled by 64 values). What a file has"
+        " in e4m3 each fp8 kind takes as it is, with the file's scales.",
     )
     products: bool | None = Field(
-        default=None, description="Multiply fp8 weights in fp8 (Ada, Hopper and later cards); null does where the card can."
+        default=None,
+        description="Multiply `fp8` and `fp8-plain` weights in fp8 (Ada, Hopper and later cards); null does where the card can. Those of"
+        " `fp8-block` and `nf4` are always brought to model.dtype first.",
     )
     compile: bool = Field(default=False, description="Compile each block with torch.compile, once for each kind of block and bucket.")
 
@@ -375,6 +380,12 @@ class MemoryConfig(Section):
     def _recompute_fits(self) -> MemoryConfig:
         if self.recompute == "parts" and not self.compile:
             raise ValueError("recompute is parts, which needs compile: true; or set recompute to selective")
+        return self
+
+    @model_validator(mode="after")
+    def _products_fit(self) -> MemoryConfig:
+        if self.products and self.quantize not in ("fp8", "fp8-plain"):
+            raise ValueError(f"products is true, which quantize: {self.quantize} has no use for; set it to null, or take fp8")
         return self
 
 
@@ -418,4 +429,10 @@ class Config(Section):
     def _order_fits(self) -> Config:
         if self.memory.order == "layer" and self.mesh.stages > 1:
             raise ValueError(f"memory.order is layer, which needs mesh.stages 1, found {self.mesh.stages}; set it to microbatch or null")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_quantized(self) -> Config:
+        if self.memory.quantize != "none" and self.adapter is None:
+            raise ValueError(f"memory.quantize is {self.memory.quantize}, but without an adapter section all weights train; set it to none")
         return self

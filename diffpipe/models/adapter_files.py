@@ -131,6 +131,8 @@ def merge_into(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], by:
 
 
 def _merged(weight: Tensor, own: dict[str, Tensor], by: float) -> Tensor:
+    kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype  # most of the update would be lost in fp8
+
     def run() -> Tensor:
         base = realise(weight).float()
         parts = {kind: realise(t).float() for kind, t in own.items()}
@@ -142,9 +144,9 @@ def _merged(weight: Tensor, own: dict[str, Tensor], by: float) -> Tensor:
         changed = base + update.reshape(base.shape)
         if MAGNITUDE in parts:
             changed = parts[MAGNITUDE].reshape(-1, 1) * changed / changed.norm(dim=1, keepdim=True)
-        return (base + by * (changed - base)).to(weight.dtype)
+        return (base + by * (changed - base)).to(kept)
 
-    return lazily(weight.shape, weight.dtype, run)
+    return lazily(weight.shape, kept, run)
 
 
 def _parted(name: str) -> tuple[str, str]:

@@ -100,7 +100,7 @@ class DiffusionModel(ABC):
     encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
     process: ClassVar[str] = "rectified flow"  # what noise does to data, and so what is learned, in the words of the field
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps
-    high_precision: ClassVar[tuple[str, ...]] = ()  # patterns of layers in blocks that are never kept in few bits
+    high_precision: ClassVar[tuple[str, ...]] = ()  # patterns of layers in blocks that are never kept in few bits: small modulation
     unused: ClassVar[frozenset[str]] = frozenset()  # components of the pipeline that neither encoding nor training needs
     takes_controls: ClassVar[bool] = False  # whether each picture is made from a control picture, as data.folders.controls has it
     # Keys of the config that this family gives a meaning to, beside those that all do.

@@ -69,6 +69,7 @@ class Cosmos(DiffusionModel):
     spec = StageSpec(("transformer_blocks.*",), carry=("time_embed",), replicate=("learnable_pos_embed",), post=("norm_out", "proj_out"))
     geometry = Geometry(spatial=8, temporal=8, fps=FPS)
     denoiser = "CosmosTransformer3DModel"
+    high_precision = (r"norm\d\.linear_",)  # modulation, a twentieth of a block
     pipeline = "CosmosTextToWorldPipeline"
     originals = Originals(denoiser, original_shapes, convert=convert, ignored=(r"^logvar\.", r"^pos_embedder\.", r"_extra_state$"))
     prefixes = ("net.", *DiffusionModel.prefixes)

@@ -38,6 +38,7 @@ class Lumina2(DiffusionModel):
     spec = StageSpec(("layers.*",), carry=("time_caption_embed.timestep_embedder",), post=("norm_out",), lengths="encoder_attention_mask")
     geometry = Geometry(spatial=8)
     denoiser = "Lumina2Transformer2DModel"
+    high_precision = (r"norm1\.linear",)  # modulation, a ninth of a block
     pipeline = "Lumina2Pipeline"
     originals = Originals(denoiser, original_shapes, repeats=("layers", "refiner"), ignored=(r"^norm_final\.weight$",))
 

@@ -113,6 +113,7 @@ class SDXL(DiffusionModel):
     title = "Stable Diffusion XL base 1.0"
     geometry = Geometry(spatial=8, patch=4)  # the UNet halves latents twice
     denoiser = "UNet2DConditionModel"
+    high_precision = (r"time_emb_proj",)  # modulation, small beside a block
     component = "unet"
     pipeline = "StableDiffusionXLPipeline"
     prefixes = (*DiffusionModel.prefixes, "unet.")

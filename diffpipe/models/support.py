@@ -34,7 +34,7 @@ def _row(family: type[DiffusionModel]) -> Row:
         "trains": "denoiser, text encoders" if "model.train_text_encoders" in family.options else "denoiser",
         "trained as": ", ".join([*adapters, "all weights"]),
         "read": "diffusers folders; single files under " + ("original (ComfyUI's) or diffusers' names" if single else "diffusers' names"),
-        "types read": "float32, bfloat16, float16, fp8 (plain or scaled)",
+        "types read": "float32, bfloat16, float16, fp8 (plain or scaled, trained on as it is with `memory.quantize: fp8`)",
         "written": ", ".join(f"{name} (adapters)" if name == "kohya" else name for name in formats),
     }
 

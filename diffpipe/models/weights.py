@@ -30,7 +30,8 @@ DTYPES = {
 }
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = (".scale_weight", ".weight_scale")
-# What files of scaled fp8 hold beside weights and their scales. The last one describes the layer's format.
+# What files of scaled fp8 hold beside weights and their scales: scales of a layer's input as some sampling run met it, of no
+# use to training, which scales each row by what it is; marks; and, last, the layer's format.
 NOT_WEIGHTS = (".scale_input", ".input_scale", "scaled_fp8", ".comfy_quant")
 
 
@@ -39,14 +40,19 @@ class Lazy(Tensor):
 
     Splitting, joining and renaming whole checkpoints happens on these, so that afterwards each result can be made
     from just the tensors it needs.
+
+    Attributes:
+        codes: of a weight that a file has as e4m3 codes times scales, the lazy codes and a scale for each row. They follow
+            their rows through splits and joins; what any other operator makes has none.
     """
 
     recipe: Callable[[], Tensor]
+    codes: tuple[Lazy, ...] | None
 
     @staticmethod
     def __new__(cls, shape: Tensor, recipe: Callable[[], Tensor]) -> Lazy:
         tensor = torch.Tensor._make_subclass(cls, shape)
-        tensor.recipe = recipe
+        tensor.recipe, tensor.codes = recipe, None
         return tensor
 
     @classmethod
@@ -59,10 +65,22 @@ class Lazy(Tensor):
             return func(*tree_map(realise, args), **tree_map(realise, kwargs))
 
         if isinstance(out, Tensor):
-            return Lazy(out, run)
+            made = Lazy(out, run)
+            made.codes = _codes_of_rows(func, args, kwargs)
+            return made
         if isinstance(out, tuple | list) and out and isinstance(out[0], Tensor):
             return tuple(Lazy(o, lambda i=i: run()[i]) for i, o in enumerate(out))
         return out
+
+
+def _codes_of_rows(func: Any, args: Any, kwargs: Any) -> tuple[Lazy, ...] | None:
+    """What an operator on rows makes of its arguments' codes; None for other operators, and where any has none."""
+    if func is torch.cat and len(args) == 1 and not kwargs:
+        pairs = [getattr(x, "codes", None) for x in args[0]]
+        return None if None in pairs else tuple(cast(Lazy, torch.cat(parts)) for parts in zip(*pairs, strict=True))
+    if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[0].codes is not None:
+        return tuple(cast(Lazy, part[args[1]]) for part in args[0].codes)
+    return None
 
 
 def _shape_of(x: Any) -> Any:
@@ -104,6 +122,21 @@ class WeightSource:
         """
         tensor = realise(self._find(name))
         return tensor.to(dtype or tensor.dtype, copy=True).contiguous()
+
+    def has_codes(self, name: str) -> bool:
+        """Whether the tensor is kept as e4m3 codes, each row times a scale or none of them scaled."""
+        found = self._find(name)
+        return found.dtype == torch.float8_e4m3fn or getattr(found, "codes", None) is not None
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """The tensor's e4m3 codes as they are in the file and a float32 scale for each row; None when it is kept otherwise."""
+        if not self.has_codes(name):
+            return None
+        found: Any = self._find(name)
+        if found.dtype == torch.float8_e4m3fn:
+            return self.read(name), torch.ones(found.shape[0])
+        codes, scale = (realise(t).clone() for t in found.codes)
+        return codes, scale
 
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Find out before anything is read that the tensors are those of a model.
@@ -262,9 +295,7 @@ def unscale(tensors: Mapping[str, Lazy], origin: str) -> dict[str, Lazy]:
         suffix = next((s for s in SCALES if name.endswith(s)), None)
         weight = name.removesuffix(suffix) + ".weight" if suffix else ""
         if weight in plain:
-            stored, scaled = plain[weight], True
-            by = scale.float().reshape(scale.shape + (1,) * (stored.ndim - scale.ndim) if scale.numel() > 1 else ())
-            plain[weight] = cast(Lazy, (stored.float() * by).to(torch.bfloat16))
+            plain[weight], scaled = _scaled(plain[weight], scale, f"{origin}: {name}"), True
     if scaled or any(n.endswith("scaled_fp8") for n in tensors):
         bare = next((n for n, t in plain.items() if t.dtype in FP8 and n.endswith(".weight") and t.ndim > 1), None)
         if bare is not None:
@@ -272,6 +303,18 @@ def unscale(tensors: Mapping[str, Lazy], origin: str) -> dict[str, Lazy]:
                 f"{bare} is scaled fp8 without its scale", where=origin, expected=bare.removesuffix("weight") + "scale_weight", fix=FIX
             )
     return plain
+
+
+def _scaled(stored: Lazy, scale: Lazy, where: str) -> Lazy:
+    """A weight times its scale, which is one number or one for each row."""
+    rows = stored.shape[0]
+    if scale.numel() not in (1, rows) or any(n not in (1, rows) for n in scale.shape):
+        raise CheckpointError(f"is {tuple(scale.shape)}", where=where, expected=f"one number, or one for each of {rows} rows", fix=FIX)
+    by = scale.float().reshape(-1)
+    weight = cast(Lazy, (stored.float() * by.reshape(-1, *[1] * (stored.ndim - 1))).to(torch.bfloat16))
+    if stored.dtype == torch.float8_e4m3fn:
+        weight.codes = stored, cast(Lazy, by.expand(rows))
+    return weight
 
 
 FIX = "download the file again, or name one in bf16"

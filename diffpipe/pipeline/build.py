@@ -18,7 +18,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
 from diffpipe.pipeline.memory.layer import MemoryLayer
-from diffpipe.pipeline.memory.quantize import Fp8Linear, quantized
+from diffpipe.pipeline.memory.quantize import FrozenLinear, quantize
 from diffpipe.pipeline.memory.stream import Home
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -39,7 +39,8 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
         fakes.fill(twin)
     probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[mesh.stage], fakes)
-    memory = MemoryLayer(config.memory, model, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
+    quantize(part.model, part.units, config.memory, model, mesh.device)
+    memory = MemoryLayer(config.memory, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass.
@@ -85,14 +86,12 @@ def read_weights(
     for name, empty in wanted:
         owner, _, leaf = name.rpartition(".")
         layer = part.model.get_submodule(owner)
-        if not isinstance(layer, Fp8Linear):
+        if not isinstance(layer, FrozenLinear) or leaf == "bias":
             values = {leaf: source.read(base_name(name), empty.dtype)}
-        elif leaf == "scale":
-            continue  # comes with the weight
-        elif leaf == "weight":
-            values = dict(zip(("weight", "scale"), quantized(source.read(base_name(name)).to(device)), strict=True))
+        elif leaf == "codes":
+            values = layer.encoded(source, base_name(f"{owner}.weight"), device)
         else:
-            values = {leaf: source.read(base_name(name), empty.dtype)}
+            values = {}  # came with the codes
         for part_leaf, value in values.items():
             old = layer._parameters.get(part_leaf)
             if id(old) in at_home:
@@ -104,11 +103,17 @@ def read_weights(
         progress(done, total)
     if config.adapter is not None:
         given = read_adapter(config.adapter.init, model) if config.adapter.init is not None else None
-        initialise(part.model, config.adapter, config.run.seed, device, given, lambda layer: source.read(f"{layer}.weight", torch.float32))
+        initialise(part.model, config.adapter, config.run.seed, device, given, lambda layer: _adapted(part.model, layer).float())
     for owner_module in part.modules():
         for leaf, tensor in [*owner_module._parameters.items(), *owner_module._buffers.items()]:
             if tensor is not None and id(tensor) not in at_home and tensor.device != device:
                 _place(owner_module, leaf, tensor.to(device))
+
+
+def _adapted(module: nn.Module, layer: str) -> torch.Tensor:
+    """The frozen weight that an adapter was wrapped around, as the layer computes with it."""
+    wrapper: Any = module.get_submodule(layer)
+    return wrapper.base_layer.weight
 
 
 def _place(module: nn.Module, leaf: str, value: torch.Tensor) -> None:

@@ -11,10 +11,8 @@ from torch import nn
 
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import ConfigError
-from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.offload import Offload
-from diffpipe.pipeline.memory.quantize import has_products, quantize
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer, saving
@@ -25,27 +23,15 @@ from diffpipe.pipeline.memory.stream import Stream, streamed, watch
 class MemoryLayer:
     """What a stage keeps, recomputes and moves.
 
-    Made in two steps, since weights are read in between: ``quantize`` and the homes of streamed weights come before,
-    ``wrap`` after. A unit's forward becomes, from the inside out: recomputed or compiled with that, its saved activations moved,
-    its weights brought.
+    Made in two steps, since weights are read in between: the homes of streamed weights come before, ``wrap`` after. A unit's
+    forward becomes, from the inside out: recomputed or compiled with that, its saved activations moved, its weights brought.
 
     Args:
         units: the stage's units, on meta.
     """
 
-    def __init__(self, config: MemoryConfig, model: DiffusionModel, units: list[nn.Module], device: torch.device) -> None:
+    def __init__(self, config: MemoryConfig, units: list[nn.Module], device: torch.device) -> None:
         self.config, self.units, self.device = config, units, device
-        if config.quantize == "fp8":
-            products = has_products(device) if config.products is None else config.products
-            if products and not has_products(device):
-                raise ConfigError(
-                    f"{device.type} does not multiply fp8",
-                    where="memory.products",
-                    expected="a card of Ada, Hopper or later",
-                    fix="set it to null",
-                )
-            for unit in units:
-                quantize(unit, model.high_precision, products)
         pinned = config.pin and device.type == "cuda"
         self.homes = streamed(units, self._chosen(), pinned)
         self.stream: Stream | None = None

@@ -1,0 +1,68 @@
+"""Keeps the frozen linear weights of blocks in fewer bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import nn
+
+from diffpipe.config.schema import MemoryConfig
+from diffpipe.errors import ConfigError
+from diffpipe.models.adapters import base_name
+from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.memory.quantize.fp8 import BlockFp8Linear, Fp8Linear, PlainFp8Linear
+from diffpipe.pipeline.memory.quantize.frozen import FrozenLinear
+from diffpipe.pipeline.memory.quantize.nf4 import Nf4Linear
+
+
+def quantize(module: nn.Module, units: Iterable[str], config: MemoryConfig, model: DiffusionModel, device: torch.device) -> list[str]:
+    """Replace the frozen linear layers of units on meta, but those that the family keeps as they are; gives their names.
+
+    Args:
+        units: names of the units within ``module``.
+        device: where they will be multiplied.
+
+    Raises:
+        ConfigError: when the device or this installation cannot.
+    """
+    if config.quantize == "none":
+        return []
+    make = _maker(config, device)
+    source = model.weights()
+    keep = re.compile("|".join(model.high_precision) or r"(?!)")
+    changed = []
+    for unit in units:
+        for inner, layer in list(module.get_submodule(unit).named_modules()):
+            if type(layer) is nn.Linear and not layer.weight.requires_grad and not keep.search(inner):
+                name = f"{unit}.{inner}"
+                # Codes of a file fit no other blocks than they were made with.
+                held = config.quantize == "fp8-block" and source.has_codes(base_name(f"{name}.weight"))
+                owner, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, Fp8Linear(layer, products=False) if held else make(layer))
+                changed.append(name)
+    return changed
+
+
+def has_products(device: torch.device) -> bool:
+    """Whether the card multiplies fp8: compute capability 8.9 (Ada), 9.0 (Hopper) and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _maker(config: MemoryConfig, device: torch.device) -> Callable[[nn.Linear], FrozenLinear]:
+    """What makes a layer of the kind that is asked for."""
+    if config.quantize == "nf4":
+        return Nf4Linear
+    if config.quantize == "fp8-block":
+        return BlockFp8Linear
+    products = has_products(device) if config.products is None else config.products
+    if products and not has_products(device):
+        raise ConfigError(
+            f"{device.type} does not multiply fp8",
+            where="memory.products",
+            expected="a card of Ada, Hopper or later",
+            fix="set it to null",
+        )
+    return partial(Fp8Linear if config.quantize == "fp8" else PlainFp8Linear, products=products)
