@@ -1,0 +1,148 @@
+"""Adds up what a stage holds at the moment of a step at which it holds most."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from diffpipe.pipeline.memory.footprint import Footprint
+from diffpipe.pipeline.memory.ledger import Work
+from diffpipe.pipeline.memory.timeline import Change, Timeline, Visit
+
+Choose = Callable[[Visit], Footprint]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held at a moment of a step beside weights, in bytes.
+
+    Attributes:
+        saved: activations kept for backward passes.
+        workspace: what the running unit, or what lies outside of units, holds beside.
+        gradients: of trained parameters.
+        flight: activations on their way from the host.
+        inputs: of the model, with its targets.
+    """
+
+    saved: int = 0
+    workspace: int = 0
+    gradients: int = 0
+    flight: int = 0
+    inputs: int = 0
+
+    @property
+    def whole(self) -> int:
+        return self.saved + self.workspace + self.gradients + self.flight + self.inputs
+
+
+@dataclass
+class Peak:
+    """The course of a step.
+
+    Attributes:
+        moment: at which most is held.
+        moved: bytes of activations that go to the host in a microbatch.
+        held: the most of them there at once.
+        ahead, back: the work of a microbatch's passes.
+    """
+
+    moment: Moment = field(default_factory=Moment)
+    moved: int = 0
+    held: int = 0
+    ahead: Work = field(default_factory=Work)
+    back: Work = field(default_factory=Work)
+
+
+def find_peak(timeline: Timeline, footprint: Choose, in_flight: int, microbatches: int) -> Peak:
+    """Go through a step's passes: forward ones of ``in_flight`` microbatches, and the backward pass of the first of them.
+
+    Args:
+        footprint: of the unit that a visit is to.
+        microbatches: of a step; with several there are gradients of earlier ones.
+    """
+    return _Replay(timeline, footprint, in_flight, microbatches).run()
+
+
+class _Replay:
+    def __init__(self, timeline: Timeline, footprint: Choose, in_flight: int, microbatches: int) -> None:
+        self.timeline, self.footprint, self.in_flight, self.microbatches = timeline, footprint, in_flight, microbatches
+        self.holders: Counter[tuple[int, int]] = Counter()  # units that hold a microbatch's storage for backward
+        self.there: set[tuple[int, int]] = set()  # storages that are alive outside of units
+        self.kept = self.loose = self.casts = self.gradients = self.flight = self.host = 0
+        self.inputs = sum(timeline.bytes.get(s, 0) for s in timeline.given) * microbatches
+        self.peak = Peak()
+
+    def run(self) -> Peak:
+        if self.microbatches > self.in_flight:
+            visits = [e for e in self.timeline.back if isinstance(e, Visit)]
+            self.gradients = sum(self.footprint(v).gradients for v in visits)
+            self.gradients += sum(self.timeline.bytes[s] for s in self.timeline.gradients)
+        for number in range(self.in_flight):
+            for event in self.timeline.ahead:
+                self._change(event, number) if isinstance(event, Change) else self._forward(event, number)
+            self.casts = 0
+        steps = list(self.timeline.back)
+        for i, event in enumerate(steps):
+            if isinstance(event, Change):
+                self._change(event, 0)
+            else:
+                before = next((e for e in steps[i + 1 :] if isinstance(e, Visit)), None)
+                self._backward(event, before)
+        self.peak.ahead += self.timeline.work
+        return self.peak
+
+    def _forward(self, visit: Visit, number: int) -> None:
+        print_ = self.footprint(visit)
+        self._look(print_.forward)
+        self.kept += print_.kept
+        self.casts += print_.casts
+        self.host += print_.moved
+        self.peak.held = max(self.peak.held, self.host)
+        for place in set(print_.held):
+            self._hold((number, visit.leaves[place]), 1)
+        if number == 0:
+            self.peak.moved += print_.moved
+            self.peak.ahead += print_.ahead
+
+    def _backward(self, visit: Visit, before: Visit | None) -> None:
+        """A unit's backward pass, while what the unit before it needs for its own comes back from the host."""
+        print_ = self.footprint(visit)
+        self.flight = print_.moved + (self.footprint(before).moved if before is not None else 0)
+        self._look(print_.backward)
+        self.flight -= print_.moved
+        self.host -= print_.moved
+        self.kept -= print_.kept
+        for place in set(print_.held):
+            self._hold((0, visit.leaves[place]), -1)
+        if self.microbatches <= self.in_flight:
+            self.gradients += print_.gradients
+        self.peak.back += print_.back
+
+    def _hold(self, storage: tuple[int, int], count: int) -> None:
+        size = self.timeline.bytes.get(storage[1], 0) if storage[1] not in self.timeline.given else 0
+        before = self.holders[storage]
+        self.holders[storage] += count
+        if (before == 0) != (self.holders[storage] == 0):
+            self.kept += size if before == 0 else -size
+            if storage in self.there:
+                self.loose += size if before else -size
+
+    def _change(self, event: Change, number: int) -> None:
+        storage = (number, event.storage)
+        if event.storage in self.timeline.given:
+            return
+        if event.storage in self.timeline.gradients:
+            if self.microbatches <= self.in_flight and event.bytes > 0:
+                self.gradients += event.bytes
+            return
+        self.there.add(storage) if event.bytes > 0 else self.there.discard(storage)
+        if not self.holders[storage]:
+            self.loose += event.bytes
+            self._look(0)
+
+    def _look(self, more: int) -> None:
+        """Whether now is the moment, with ``more`` bytes in the running unit."""
+        whole = self.kept + self.loose + self.casts + self.gradients + self.flight + self.inputs + more
+        if whole > self.peak.moment.whole:
+            self.peak.moment = Moment(self.kept, self.loose + self.casts + more, self.gradients, self.flight, self.inputs)
