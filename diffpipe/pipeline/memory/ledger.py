@@ -52,7 +52,11 @@ class Work:
 def work_of(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     """The work of one operation that is no view."""
     tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-    traffic = sum(t.nbytes for t in tensors)
+    if "empty" in str(func):
+        return Work()
+    # A storage once, and of what is expanded only what there is.
+    reach = {t.untyped_storage()._cdata: min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors}
+    traffic = sum(reach.values())
     count = flop_registry.get(getattr(func, "_overloadpacket", func))
     if count is None:
         return Work(traffic=traffic, kernels=1)
@@ -65,10 +69,12 @@ def work_of(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     return Work(**{"eight" if size == 1 else "half" if size == 2 else "full": flops}, kernels=1)
 
 
-def is_view(func: Any) -> bool:
-    """Whether an operation gives views of its arguments and does nothing else."""
-    returns = func._schema.returns if isinstance(func, torch._ops.OpOverload) else ()
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+def is_view(func: Any, args: Any, out: Any) -> bool:
+    """Whether an operation gave views of its arguments and did nothing else."""
+    if not isinstance(func, torch._ops.OpOverload) or func._schema.is_mutable:
+        return False
+    given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
+    return all(t.untyped_storage()._cdata in given for t in tree_leaves(out) if isinstance(t, Tensor))
 
 
 def scratch(func: Any, args: Any) -> int:
@@ -110,7 +116,7 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.number(tensor)
-        if not is_view(func):
+        if not is_view(func, args, out):
             self.peak = max(self.peak, self.live + rounded(scratch(func, args)))
             self.work += work_of(func, args, kwargs, out)
         return out
