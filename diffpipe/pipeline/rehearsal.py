@@ -1,32 +1,68 @@
-"""A stage on fake tensors: what its steps would hold and how long they would take, found without a weight or a device."""
+"""A stage on fake tensors: what its steps hold and how long they take, found without a weight and without its device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from diffpipe.config.schema import Config
-from diffpipe.models.base import DiffusionModel, Targets
+from diffpipe.config.schema import Config, MemoryConfig
+from diffpipe.flow import Key
+from diffpipe.models.base import DiffusionModel
+from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.build import outline, precision_of
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
+from diffpipe.pipeline.memory import compiled
+from diffpipe.pipeline.memory.arena import make_plan
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
-from diffpipe.pipeline.memory.estimate import Peak, find_peak
+from diffpipe.pipeline.memory.cards import Card
+from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
+from diffpipe.pipeline.memory.layer import chosen
+from diffpipe.pipeline.memory.ledger import rounded
 from diffpipe.pipeline.memory.quantize import quantize
+from diffpipe.pipeline.memory.stream import Stream, streamed
 from diffpipe.pipeline.memory.timeline import Recorder, Timeline, Visit
 from diffpipe.pipeline.stage import sum_errors
 
 CPU = torch.device("cpu")
+PAGEABLE = 0.5  # rate of copies from memory that is not page-locked, in parts of that from memory that is
+Dims = tuple[int, int, int]  # of a bucket: frames, height, width
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where a stage's weights lie.
+
+    Attributes:
+        resident: bytes on the device for good.
+        arena: bytes that streamed ones share.
+        homes: bytes of the streamed ones in host memory.
+        moved: bytes copied to the device for one microbatch, when steps follow each other.
+    """
+
+    resident: int
+    arena: int = 0
+    homes: int = 0
+    moved: int = 0
 
 
 class Rehearsal:
-    def __init__(self, config: Config, model: DiffusionModel, stage: int, products: bool) -> None:
-        self.config, self.model, self.number = config, model, stage
+    """One stage of a config, rehearsed for a card.
+
+    What depends on a bucket and a policy alone is found once, so that many settings of the memory section can be compared.
+
+    Args:
+        stage: its number.
+    """
+
+    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card) -> None:
+        self.config, self.model, self.stage, self.card = config, model, stage, card
         whole, spans = outline(config, model)
-        self.stages = len(spans)
         self.fakes = Fakes(CPU)
         self.precision = precision_of(config, CPU)
         twins = [Part(duplicate(whole), model.spec, *span, self.fakes) for span in spans[:-1][: stage + 1]]
@@ -34,24 +70,93 @@ class Rehearsal:
             self.fakes.fill(twin)
         self.probe = Probe(twins, self.fakes, self.precision, model.spec.lengths)
         self.part = Part(whole, model.spec, *spans[stage], self.fakes)
-        self.units = [self.part.model.get_submodule(u) for u in self.part.units]
-        if config.memory.quantize == "fp8":
-            for unit in self.units:
-                quantize(unit, model.high_precision, products)
+        self.units = [self.part.model.get_submodule(unit) for unit in self.part.units]
+        self._quantize(config.memory)
         self.fakes.fill(self.part)
         self.part.train()
+        # As they are, for the recorder puts others in their places.
+        self.plain = [duplicate(unit) for unit in self.units]
         self.recorder = Recorder(self.units, self.fakes, self.precision)
+        self.timelines: dict[Dims, Timeline] = {}
         self.footprints: dict[Any, Footprint] = {}
+        self.joints: dict[Any, compiled.Joint] = {}
+        self.residencies: dict[Any, Residency] = {}
+        self.peaks: dict[Any, Peak] = {}
+        trained = [p for p in self.part.parameters() if p.requires_grad]
+        self.trained, self.state = sum(rounded(p.nbytes) for p in trained), state_bytes(config.optimizer, trained)
 
-    def timeline(self, inputs: dict[str, Any], targets: Targets) -> Timeline:
-        borders = self.probe.borders(inputs)
-        before = borders[self.number - 1] if self.number else None
+    def estimate(self, bucket: Dims, memory: MemoryConfig) -> Estimate:
+        """What a step of a bucket holds and takes under a memory section whose ``swap`` is a number or "all"."""
+        peak, held = self._peak(bucket, memory), self._residency(bucket, memory)
+        count = self.config.batch.accumulate
+        link = self.card.link * (1 if memory.pin else PAGEABLE)
+        ahead = max(self.card.seconds(peak.ahead), held.moved / 2 / link, peak.moved / self.card.link)
+        back = max(self.card.seconds(peak.back), held.moved / 2 / link + peak.moved / self.card.link)
+        return Estimate(
+            weights=held.resident,
+            trained=self.trained,
+            optimizer=self.state,
+            arena=held.arena,
+            library=self.card.workspace,
+            moment=peak.moment,
+            homes=held.homes,
+            buffers=peak.held,
+            to_device=count * (held.moved + peak.moved),
+            to_host=count * peak.moved,
+            seconds=count * (ahead + back),
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches whose activations this stage holds at once."""
+        stages, count = self.config.mesh.stages, self.config.batch.accumulate
+        return min(count, stages - self.stage) if count >= stages else count
+
+    def _quantize(self, memory: MemoryConfig) -> None:
+        if memory.quantize == "fp8":
+            for unit in self.units:
+                quantize(unit, self.model.high_precision, self.card.multiplies_fp8 if memory.products is None else memory.products)
+
+    def _peak(self, bucket: Dims, memory: MemoryConfig) -> Peak:
+        threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
+        key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile)
+        if key not in self.peaks:
+            timeline = self._timeline(bucket)
+
+            def footprint(visit: Visit) -> Footprint:
+                policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
+                return self._footprint(timeline, visit, policy, threshold, memory.compile)
+
+            self.peaks[key] = find_peak(timeline, footprint, self.in_flight, self.config.batch.accumulate)
+        return self.peaks[key]
+
+    def _footprint(self, timeline: Timeline, visit: Visit, policy: str, threshold: int | None, compiles: bool) -> Footprint:
+        key = (visit.kind, policy, threshold, compiles)
+        if key not in self.footprints:
+            unit, call = self.plain[timeline.calls[visit.kind][0]], timeline.calls[visit.kind][1]
+            if compiles:
+                joint = self.joints.get(visit.kind) or self.joints.setdefault(visit.kind, compiled.trace(unit, call, self.fakes))
+                self.footprints[key] = compiled.footprint_of(joint, policy, threshold)
+            else:
+                self.footprints[key] = measure(unit, call, self.fakes, policy, threshold)
+        return self.footprints[key]
+
+    def _timeline(self, bucket: Dims) -> Timeline:
+        if bucket not in self.timelines:
+            self.timelines[bucket] = self._recorded(bucket)
+        return self.timelines[bucket]
+
+    def _recorded(self, bucket: Dims) -> Timeline:
+        count = self.config.batch.micro
+        row = self.model.blank(*bucket)
+        inputs, targets = self.model.prepare(
+            {n: t[None].expand(count, *t.shape) for n, t in row.items()}, [Key(0, 0, i, 0) for i in range(count)]
+        )
+        before = self.probe.borders(inputs)[self.stage - 1] if self.stage else None
         fake = {n: self._fake(n, x) for n, x in inputs.items()}
         wanted = tree_map(lambda x: self.fakes.tensor(x) if isinstance(x, Tensor) else x, targets)
-        with self.fakes.mode:
-            payload = tuple(self.fakes.tensor(t) for t in before.tensors) if before else ()
+        payload = tuple(self.fakes.tensor(t) for t in before.tensors) if before else ()
         given = [getattr(x, "twin", x) for x in tree_leaves((fake, wanted)) if isinstance(x, Tensor)]
-        weights = [*self.part.parameters(), *self.part.buffers()]
 
         def forward() -> list[Tensor]:
             with self.precision():
@@ -60,18 +165,37 @@ class Rehearsal:
                 return list(sent)
             return [sum_errors(sent, wanted, self.config.objective.loss, self.config.objective.delta)]
 
-        return self.recorder.record(weights, given, forward)
+        return self.recorder.record([*self.part.parameters(), *self.part.buffers()], given, forward)
 
     def _fake(self, name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         return self.fakes.known(torch.ones_like(x)) if name == self.model.spec.lengths else self.fakes.tensor(x)
 
-    def footprint(self, timeline, visit, policy, threshold):
-        key = (visit.kind, policy, threshold)
-        if key not in self.footprints:
-            unit, call = timeline.calls[visit.kind]
-            standing = unit.__dict__.pop("forward")
-            self.footprints[key] = measure(unit, call, self.fakes, policy, threshold)
-            unit.forward = standing
-        return self.footprints[key]
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def _residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
+        key = (memory.swap, memory.room)
+        if key not in self.residencies:
+            self.residencies[key] = self._placed(self._timeline(bucket), memory)
+        return self.residencies[key]
+
+    def _placed(self, timeline: Timeline, memory: MemoryConfig) -> Residency:
+        numbers = chosen(len(self.units), memory.swap)
+        streams = {id(t) for n in numbers for t in self.units[n].parameters() if not t.requires_grad}
+        frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
+        resident = sum(rounded(t.nbytes) for t in frozen if id(t) not in streams)
+        if not numbers:
+            return Residency(resident)
+        with self.fakes.mode:
+            homes = streamed([duplicate(unit) for unit in self.units], numbers, False)
+            stream = Stream(homes, CPU, None if memory.room is None else int(memory.room * (1 << 20)))
+        visits = [e.unit for e in [*timeline.ahead, *timeline.back] if isinstance(e, Visit) and e.unit in homes]
+        first = make_plan(visits, stream.sizes, stream.arena.numel(), {})
+        steady = make_plan(visits, stream.sizes, stream.arena.numel(), first.resident)
+        return Residency(resident, rounded(stream.arena.numel()), sum(h.flat.numel() for h in homes.values()), steady.moved)
+
+
+def largest(buckets: Sequence[Dims]) -> Dims:
+    """The bucket that takes most memory: the one of most cells, which all that depends on a bucket rises with."""
+    return max(buckets, key=lambda b: (b[0] * b[1] * b[2], b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,19 +70,32 @@ def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
     return Joint(*kept[0], len(named), len(inputs))
 
 
-def footprint_of(joint: Joint, policy: str, threshold: int | None) -> Footprint:
-    """The footprint of a unit that is compiled around what it computes again.
+def footprint_of(joint: Joint, policy: str, threshold: int | None, around: bool = True) -> Footprint:
+    """The footprint of a compiled unit.
 
     Args:
         policy: as ``memory.recompute``.
         threshold: bytes from which saved activations are moved to the host; None moves none.
+        around: whether the compiler sees what is computed again, as ``MemoryLayer`` has it; else a checkpoint runs the compiled unit.
     """
-    forward, backward = _cut(joint, policy)
-    return _Parts(joint, _Graph(forward), _Graph(backward), threshold).footprint()
+    if policy == "none" or around:
+        return _Halves(joint, *(_Kernels(graph) for graph in _cut(joint, policy)), threshold).footprint()
+    return _again(joint, footprint_of(joint, "none", None), threshold)
 
 
-def within_checkpoint(inner: Footprint, leaves: Call) -> Footprint:
-    """The footprint of a compiled unit, that keeps all it needs, when the whole of it is computed again in backward."""
+def _again(joint: Joint, inner: Footprint, threshold: int | None) -> Footprint:
+    """The footprint when all that a compiled unit keeps is computed again, from what goes in."""
+    nodes = [n for n in joint.module.graph.nodes if n.op == "placeholder"][joint.weights : joint.weights + joint.leaves]
+    sizes = [_Kernels.size((node, 0)) for node in nodes]
+    moved = {i for i, size in enumerate(sizes) if threshold is not None and size >= threshold}
+    return replace(
+        inner,
+        kept=0,
+        held=tuple(i for i in range(joint.leaves) if i not in moved),
+        moved=sum(sizes[i] for i in moved),
+        backward=max(inner.forward, inner.kept + inner.backward),
+        back=inner.ahead + inner.back,
+    )
 
 
 def _cut(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
@@ -172,7 +185,7 @@ def _reduces(node: fx.Node) -> bool:
     return made is not None and made.numel() * 2 <= given
 
 
-class _Graph:
+class _Kernels:
     """A graph as kernels: which results are written to memory, from what, and when the last one reads them.
 
     What only pointwise operations and reductions read is computed within them and never written.
@@ -220,7 +233,8 @@ class _Graph:
                     found.setdefault(_root(other)[0], []).append(node)
         return found
 
-    def size(self, buffer: Buffer) -> int:
+    @staticmethod
+    def size(buffer: Buffer) -> int:
         tensors = _tensors(buffer[0])
         tensor = tensors[buffer[1]] if buffer[1] < len(tensors) else None
         return 0 if tensor is None else rounded(tensor.nbytes)
@@ -272,10 +286,10 @@ class _Graph:
         return tree_map(lambda a: a.meta.get("val") if isinstance(a, fx.Node) else a, given)
 
 
-class _Parts:
+class _Halves:
     """A cut graph's two halves as a footprint."""
 
-    def __init__(self, joint: Joint, forward: _Graph, backward: _Graph, threshold: int | None) -> None:
+    def __init__(self, joint: Joint, forward: _Kernels, backward: _Kernels, threshold: int | None) -> None:
         self.joint, self.ahead, self.back, self.threshold = joint, forward, backward, threshold
 
     def footprint(self) -> Footprint:

@@ -10,6 +10,7 @@ from diffpipe.pipeline.memory.footprint import Footprint
 from diffpipe.pipeline.memory.ledger import Work
 from diffpipe.pipeline.memory.timeline import Change, Timeline, Visit
 
+GIB = 1 << 30
 Choose = Callable[[Visit], Footprint]
 
 
@@ -34,6 +35,62 @@ class Moment:
     @property
     def whole(self) -> int:
         return self.saved + self.workspace + self.gradients + self.flight + self.inputs
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What steps of one bucket hold and take on one stage; bytes, and seconds of a step.
+
+    Attributes:
+        weights: that stay on the device.
+        trained: parameters.
+        optimizer: its state.
+        arena: where streamed weights lie by turns.
+        library: what cuBLAS keeps for itself.
+        moment: what is held beside those when most is.
+        homes: streamed weights in host memory.
+        buffers: moved activations in host memory.
+        to_device, to_host: copied in a step.
+    """
+
+    weights: int
+    trained: int
+    optimizer: int
+    arena: int
+    library: int
+    moment: Moment
+    homes: int
+    buffers: int
+    to_device: int
+    to_host: int
+    seconds: float
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What is on the device at the peak, by name."""
+        return {
+            "weights": self.weights,
+            "streamed weights": self.arena,
+            "trained": self.trained,
+            "gradients": self.moment.gradients,
+            "optimizer": self.optimizer,
+            "activations": self.moment.saved,
+            "on the way": self.moment.flight,
+            "workspace": self.moment.workspace + self.moment.inputs + self.library,
+        }
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def host(self) -> int:
+        return self.homes + self.buffers
+
+    def told(self) -> str:
+        """The peak and its parts, for a person."""
+        parts = sorted(((n, b) for n, b in self.parts.items() if b >= GIB / 100), key=lambda p: -p[1])
+        return f"{self.peak / GIB:.2f} GiB (" + ", ".join(f"{name} {count / GIB:.2f}" for name, count in parts) + ")"
 
 
 @dataclass

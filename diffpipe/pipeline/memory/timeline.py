@@ -51,7 +51,7 @@ class Timeline:
         bytes: of each storage.
         given: storages of the model's inputs and targets.
         gradients: storages of gradients of weights outside units.
-        calls: how each kind of unit is called, with one of the units.
+        calls: how each kind of unit is called, with the number of one.
         work: outside of units.
     """
 
@@ -60,7 +60,7 @@ class Timeline:
     bytes: dict[int, int] = field(default_factory=dict)
     given: set[int] = field(default_factory=set)
     gradients: set[int] = field(default_factory=set)
-    calls: dict[Kind, tuple[nn.Module, Call]] = field(default_factory=dict)
+    calls: dict[Kind, tuple[int, Call]] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
 
 
@@ -136,19 +136,24 @@ class Recorder:
             if kind not in self.shapes:
                 with torch.no_grad(), self.ledger.pause():
                     self.shapes[kind] = tree_flatten(forward(*args, **kwargs))
-            like, out = self.shapes[kind]
             if kind not in self.timeline.calls:
-                kept = tuple(torch.empty_like(x, device="meta").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in leaves)
-                self.timeline.calls[kind] = (unit, Call(kept, tree, self.precision))
+                with self.ledger.pause():
+                    like = tuple(_like(x) if isinstance(x, Tensor) else x for x in leaves)
+                self.timeline.calls[kind] = (number, Call(like, tree, self.precision))
+            made, out = self.shapes[kind]
             trained = any(x.requires_grad for x in inputs) or any(p.requires_grad for p in unit.parameters())
             begin = torch.empty(0, requires_grad=trained)
             visit: list[Visit] = []
-            shapes = [x for x in like if isinstance(x, Tensor)]
-            made = iter(_StandIn.apply(begin, lambda: self.events.append(visit[0]), shapes, *inputs))
-            outputs = [next(made) if isinstance(x, Tensor) else x for x in like]
+            shapes = [x for x in made if isinstance(x, Tensor)]
+            each = iter(_StandIn.apply(begin, lambda: self.events.append(visit[0]), shapes, *inputs))
+            outputs = [next(each) if isinstance(x, Tensor) else x for x in made]
             storages = tuple(self.ledger.number(x) for x in (*inputs, *(x for x in outputs if isinstance(x, Tensor))))
             self.events.append(Visit(number, kind, storages))
             visit.append(Visit(number, kind, storages, backward=True))
             return tree_unflatten(outputs, out)
 
         return standing
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
