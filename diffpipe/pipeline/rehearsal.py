@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffpipe.config.schema import Config, MemoryConfig
@@ -16,10 +16,10 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.build import outline, precision_of
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
-from diffpipe.pipeline.memory import compiled
 from diffpipe.pipeline.memory.arena import make_plan
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import Card
+from diffpipe.pipeline.memory.compiled import Compiled
 from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
 from diffpipe.pipeline.memory.layer import chosen
@@ -79,7 +79,7 @@ class Rehearsal:
         self.recorder = Recorder(self.units, self.fakes, self.precision)
         self.timelines: dict[Dims, Timeline] = {}
         self.footprints: dict[Any, Footprint] = {}
-        self.joints: dict[Any, compiled.Joint] = {}
+        self.compiled: dict[Any, Compiled] = {}
         self.residencies: dict[Any, Residency] = {}
         self.peaks: dict[Any, Peak] = {}
         trained = [p for p in self.part.parameters() if p.requires_grad]
@@ -135,8 +135,9 @@ class Rehearsal:
         if key not in self.footprints:
             unit, call = self.plain[timeline.calls[visit.kind][0]], timeline.calls[visit.kind][1]
             if compiles:
-                joint = self.joints.get(visit.kind) or self.joints.setdefault(visit.kind, compiled.trace(unit, call, self.fakes))
-                self.footprints[key] = compiled.footprint_of(joint, policy, threshold)
+                if visit.kind not in self.compiled:
+                    self.compiled[visit.kind] = Compiled(unit, call, self.fakes)
+                self.footprints[key] = self.compiled[visit.kind].footprint(policy, threshold)
             else:
                 self.footprints[key] = measure(unit, call, self.fakes, policy, threshold)
         return self.footprints[key]

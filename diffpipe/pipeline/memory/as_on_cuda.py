@@ -12,8 +12,11 @@ from torch.utils._pytree import tree_map
 
 # What autocast computes in float32 on CUDA and not on the CPU (torch's AT_FORALL_FP32), as far as diffusion models use it.
 FLOAT32 = frozenset(
-    "exp log reciprocal rsqrt pow __pow__ __rpow__ softplus layer_norm rms_norm group_norm softmax log_softmax cumsum cumprod prod sum"
-    " norm cosine_similarity l1_loss smooth_l1_loss huber_loss mse_loss".split()
+    {
+        *("exp", "log", "reciprocal", "rsqrt", "pow", "__pow__", "__rpow__", "softplus", "softmax", "log_softmax", "layer_norm"),
+        *("rms_norm", "group_norm", "norm", "cumsum", "cumprod", "prod", "sum", "cosine_similarity", "l1_loss", "smooth_l1_loss"),
+        *("huber_loss", "mse_loss"),
+    }
 )
 Attend = nn.functional.scaled_dot_product_attention
 

@@ -20,7 +20,8 @@ class Card:
         name: as torch.cuda.get_device_name has it, or a part of that.
         memory: bytes that a program may use.
         capability: compute capability; 8.9 and above multiply fp8.
-        half: operations a second of 16-bit products; 8-bit ones reach ``eight`` times as many, 32-bit ones ``full``.
+        half: operations a second of 16-bit products; 8-bit ones reach ``eight`` times as many, 32-bit ones ``full``, and
+            attention kernels ``attention``: FlashAttention-2 is less good at Hopper.
         bandwidth: bytes a second of its memory.
         link: bytes a second to and from page-locked host memory.
     """
@@ -33,6 +34,7 @@ class Card:
     link: float
     eight: float = 1.8
     full: float = 0.1
+    attention: float = 0.75
 
     @property
     def multiplies_fp8(self) -> bool:
@@ -40,22 +42,21 @@ class Card:
 
     @property
     def workspace(self) -> int:
-        """Bytes that cuBLAS takes for itself: 32 MiB on Hopper and later, 8 MiB and 128 KiB on earlier cards (CUBLAS_WORKSPACE_CONFIG's default)."""
+        """Bytes that cuBLAS takes for itself, as torch sets it up: 32 MiB on Hopper and later, 8 MiB and 128 KiB before."""
         return 32 << 20 if self.capability >= (9, 0) else (8 << 20) + (128 << 10)
 
     def seconds(self, work: Work) -> float:
         """How long work takes."""
-        products = work.half + work.full / self.full + work.eight / self.eight + work.attention / ATTENTION
+        products = work.half + work.full / self.full + work.eight / self.eight + work.attention / self.attention
         return products / self.half + work.traffic / self.bandwidth + work.kernels * LAUNCH
 
 
-ATTENTION = 0.75  # rate of attention kernels in parts of that of products
 LAUNCH = 2e-6  # seconds between kernels
 # Rates: of H100 and H200, products and copies as measured (shared/reference/gpu-baselines.md: 8192^3 products at 790 TFLOP/s, copies
 # at 51.7 GiB/s); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths of its bandwidths.
 CARDS = (
-    Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 51.7 * GIB),
-    Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 51.7 * GIB),
+    Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 51.7 * GIB, attention=0.45),
+    Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 51.7 * GIB, attention=0.5),
     Card("A100 80GB", 79 * GIB, (8, 0), 234e12, 1.6e12, 24 * GIB),
     Card("A100 40GB", 39 * GIB, (8, 0), 234e12, 1.2e12, 24 * GIB),
     Card("RTX PRO 6000", 94 * GIB, (12, 0), 380e12, 1.4e12, 50 * GIB),

@@ -2,173 +2,63 @@
 
 from __future__ import annotations
 
-import copy
-import operator
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
-from torch.utils.checkpoint import CheckpointPolicy
+from torch import fx, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
-from diffpipe.pipeline.cut import Fakes, duplicate
-from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
+from diffpipe.pipeline.cut import Fakes
 from diffpipe.pipeline.memory.footprint import Call, Footprint
+from diffpipe.pipeline.memory.graphs import Buffer, Joint, cut, root, tensors, trace
 from diffpipe.pipeline.memory.ledger import Work, rounded, scratch, work_of
-from diffpipe.pipeline.memory.recompute import COSTLY
 
-Buffer = tuple[fx.Node, int]  # a node, and which of its outputs
 INLINE = 4  # buffers that a computation may read and still be done again for each of its uses: inductor's realize_reads_threshold
 
 
-@dataclass(frozen=True)
-class Joint:
-    """A unit's forward and backward pass in one graph.
-
-    Attributes:
-        module: the graph.
-        outputs: how many of its results are the forward pass's; the rest are gradients.
-        weights, leaves: how many of its inputs are the unit's parameters and buffers, and the tensors that it is called with.
-    """
-
-    module: fx.GraphModule
-    outputs: int
-    weights: int
-    leaves: int
-
-
-def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
-    """The graph of a unit, on meta or fake tensors, as AOTAutograd gives it to inductor."""
-    from functorch.compile import aot_function, min_cut_rematerialization_partition, nop
-    from torch._inductor.decomposition import select_decomp_table
-
-    twin = duplicate(unit)
-    fakes.fill(twin)
-    named = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    tensors = [x for x in call.leaves if isinstance(x, Tensor)]
-    with fakes.mode:
-        inputs = [torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).requires_grad_(x.requires_grad) for x in tensors]
-    kept: list[tuple[fx.GraphModule, int]] = []
-
-    def run(weights: list[Tensor], given: list[Tensor]) -> list[Tensor]:
-        each = iter(given)
-        args, kwargs = tree_unflatten([next(each) if isinstance(x, Tensor) else x for x in call.leaves], call.tree)
-        out = functional_call(twin, dict(zip(named, weights, strict=True)), args, kwargs)
-        return [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
-
-    def keep(joint: fx.GraphModule, given: Any, *, num_fwd_outputs: int, **more: Any) -> Any:
-        kept.append((copy.deepcopy(joint), num_fwd_outputs))
-        return min_cut_rematerialization_partition(joint, given, num_fwd_outputs=num_fwd_outputs, **more)
-
-    traced = aot_function(as_on_cuda(run, fused=False), nop, nop, partition_fn=keep, decompositions=select_decomp_table())
-    with fakes.mode, call.precision():
-        traced(list(named.values()), inputs)
-    return Joint(*kept[0], len(named), len(inputs))
-
-
-def footprint_of(joint: Joint, policy: str, threshold: int | None, around: bool = True) -> Footprint:
-    """The footprint of a compiled unit.
+class Compiled:
+    """A unit as torch.compile would make it.
 
     Args:
-        policy: as ``memory.recompute``.
-        threshold: bytes from which saved activations are moved to the host; None moves none.
+        unit: on meta or fake tensors; not changed.
         around: whether the compiler sees what is computed again, as ``MemoryLayer`` has it; else a checkpoint runs the compiled unit.
     """
-    if policy == "none" or around:
-        return _Halves(joint, *(_Kernels(graph) for graph in _cut(joint, policy)), threshold).footprint()
-    return _again(joint, footprint_of(joint, "none", None), threshold)
 
+    def __init__(self, unit: nn.Module, call: Call, fakes: Fakes, around: bool = True) -> None:
+        self.joint, self.around = trace(unit, call, fakes), around
+        self.cuts: dict[str, tuple[_Kernels, _Kernels]] = {}
 
-def _again(joint: Joint, inner: Footprint, threshold: int | None) -> Footprint:
-    """The footprint when all that a compiled unit keeps is computed again, from what goes in."""
-    nodes = [n for n in joint.module.graph.nodes if n.op == "placeholder"][joint.weights : joint.weights + joint.leaves]
-    sizes = [_Kernels.size((node, 0)) for node in nodes]
-    moved = {i for i, size in enumerate(sizes) if threshold is not None and size >= threshold}
-    return replace(
-        inner,
-        kept=0,
-        held=tuple(i for i in range(joint.leaves) if i not in moved),
-        moved=sum(sizes[i] for i in moved),
-        backward=max(inner.forward, inner.kept + inner.backward),
-        back=inner.ahead + inner.back,
-    )
+    def footprint(self, policy: str, threshold: int | None) -> Footprint:
+        """The unit's footprint.
 
+        Args:
+            policy: as ``memory.recompute``.
+            threshold: bytes from which saved activations are moved to the host; None moves none.
+        """
+        if policy != "none" and not self.around:
+            return self._again(self.footprint("none", None), threshold)
+        if policy not in self.cuts:
+            ahead, back = cut(self.joint, policy)
+            self.cuts[policy] = _Kernels(ahead), _Kernels(back)
+        return _Halves(self.joint, *self.cuts[policy], threshold).footprint()
 
-def _cut(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
-    """The forward and the backward pass, cut where inductor cuts them."""
-    from functorch.compile import min_cut_rematerialization_partition
-
-    module = copy.deepcopy(joint.module)
-    if policy != "none":
-        _tag(module.graph, policy)
-    hidden = {_hide(node): node_target for node in module.graph.nodes if (node_target := node.target) and _is_random(node)}
-    # Weights are there anyway: to save them costs nothing.
-    weights = list(range(joint.weights))
-    halves = min_cut_rematerialization_partition(module, (), num_fwd_outputs=joint.outputs, static_lifetime_input_indices=weights)
-    for half in halves:
-        for node in half.graph.nodes:
-            node.target = hidden.get(node.target, node.target)
-    forward, backward = halves
-    return forward.graph, backward.graph
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _hide(node: fx.Node) -> Callable[..., Any]:
-    """Call something in an operation's place that nothing tells to be random: the partitioner would ask for a device's random
-    state to compute it again, attention without dropout included."""
-    target: Any = node.target
-
-    def random(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    node.target = random
-    return random
-
-
-def _tag(graph: fx.Graph, policy: str) -> None:
-    """Mark what is to be computed again, as torch.compile does for what a checkpoint holds."""
-    behind: set[fx.Node] = set()  # of the backward pass
-    for node in graph.nodes:
-        if (node.op == "placeholder" and "tangents" in node.name) or any(n in behind for n in node.all_input_nodes):
-            behind.add(node)
-        elif node.op == "call_function":
-            schema = getattr(_root(node)[0].target, "_schema", None)
-            costly = policy == "selective" and schema is not None and schema.name.removeprefix("aten::") in COSTLY
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = 1
-
-
-def _tensors(node: fx.Node) -> list[Tensor | None]:
-    value = node.meta.get("val")
-    each = value if isinstance(value, tuple | list) else (value,)
-    return [x if isinstance(x, Tensor) else None for x in each]
-
-
-def _root(node: fx.Node) -> Buffer:
-    """The node whose memory a node's result lies in, through views, and which of its results that is."""
-    place = 0
-    while node.op == "call_function":
-        if node.target is operator.getitem:
-            place, node = int(node.args[1]), node.args[0]  # pyright: ignore[reportArgumentType, reportAssignmentType]
-        elif _views(node):
-            node = node.all_input_nodes[0]
-        else:
-            break
-    return node, place
-
-
-def _views(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable:
-        return False
-    return node.target is torch.ops.aten._unsafe_view.default or any(r.alias_info is not None for r in schema.returns)
+    def _again(self, inner: Footprint, threshold: int | None) -> Footprint:
+        """The footprint when all that the unit keeps is computed again, from what goes in."""
+        joint = self.joint
+        nodes = [n for n in joint.module.graph.nodes if n.op == "placeholder"][joint.weights : joint.weights + joint.leaves]
+        sizes = [_Kernels.size((node, 0)) for node in nodes]
+        moved = {i for i, size in enumerate(sizes) if threshold is not None and size >= threshold}
+        return replace(
+            inner,
+            kept=0,
+            held=tuple(i for i in range(joint.leaves) if i not in moved),
+            moved=sum(sizes[i] for i in moved),
+            backward=max(inner.forward, inner.kept + inner.backward),
+            back=inner.ahead + inner.back,
+        )
 
 
 def _fuses(node: fx.Node) -> bool:
@@ -176,12 +66,12 @@ def _fuses(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
         return False
-    return target._overloadpacket not in flop_registry and len(_tensors(node)) == 1
+    return target._overloadpacket not in flop_registry and len(tensors(node)) == 1
 
 
 def _reduces(node: fx.Node) -> bool:
-    given = max((t.numel() for n in node.all_input_nodes for t in _tensors(n) if t is not None), default=0)
-    made = _tensors(node)[0]
+    given = max((t.numel() for n in node.all_input_nodes for t in tensors(n) if t is not None), default=0)
+    made = tensors(node)[0]
     return made is not None and made.numel() * 2 <= given
 
 
@@ -200,18 +90,18 @@ class _Kernels:
         nodes = list(graph.nodes)
         self.given = [n for n in nodes if n.op == "placeholder"]
         outputs = nodes[-1].args[0]
-        self.results = [_root(n) if isinstance(n, fx.Node) else None for n in outputs]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+        self.results = [root(n) if isinstance(n, fx.Node) else None for n in outputs]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
         self.final = [n for n in outputs if isinstance(n, fx.Node)]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
         users = self._users(nodes)
         self.order: list[fx.Node] = []
         self.reads: dict[fx.Node, set[Buffer]] = {}
         written: set[fx.Node] = set(self.given)
         for node in nodes:
-            if node.op != "call_function" or _root(node)[0] is not node:
+            if node.op != "call_function" or root(node)[0] is not node:
                 continue
             self.reads[node] = reads = set()
             for other in node.all_input_nodes:
-                buffer = _root(other)
+                buffer = root(other)
                 reads |= {buffer} if buffer[0] in written else self.reads.get(buffer[0], set())
             mine = users.get(node, [])
             if (
@@ -228,15 +118,15 @@ class _Kernels:
         """Who reads what a node wrote, through views."""
         found: dict[fx.Node, list[fx.Node]] = {}
         for node in nodes:
-            if node.op == "output" or (node.op == "call_function" and _root(node)[0] is node):
+            if node.op == "output" or (node.op == "call_function" and root(node)[0] is node):
                 for other in node.all_input_nodes:
-                    found.setdefault(_root(other)[0], []).append(node)
+                    found.setdefault(root(other)[0], []).append(node)
         return found
 
     @staticmethod
     def size(buffer: Buffer) -> int:
-        tensors = _tensors(buffer[0])
-        tensor = tensors[buffer[1]] if buffer[1] < len(tensors) else None
+        results = tensors(buffer[0])
+        tensor = results[buffer[1]] if buffer[1] < len(results) else None
         return 0 if tensor is None else rounded(tensor.nbytes)
 
     def peak(self, freed: Iterable[Buffer] = ()) -> int:
@@ -256,14 +146,15 @@ class _Kernels:
             going.setdefault(i, []).append(buffer)
         live = peak = -sum(self.size(b) for b in going.get(-1, ()))
         for i, node in enumerate(self.order):
-            made = [(node, k) for k in range(len(_tensors(node)))]
+            made = [(node, k) for k in range(len(tensors(node)))]
             free = sum(self.size(b) for b in going.get(i, ()))
             size = sum(self.size(b) for b in made)
             if _fuses(node):  # may write over what it reads last
                 live -= free
                 peak = max(peak, live + size)
             else:
-                peak = max(peak, live + size + rounded(scratch(node.target, [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args])))
+                inside = rounded(scratch(node.target, self._values(node.args)))
+                peak = max(peak, live + size + inside)
                 live -= free
             live += size - sum(self.size(b) for b in made if b not in last and b not in staying)
         return peak
@@ -272,17 +163,15 @@ class _Kernels:
         """What its kernels compute and move."""
         whole = Work()
         for node in self.order:
-            values = [self._value(a) for a in node.args]
-            named = {k: self._value(v) for k, v in node.kwargs.items()}
             if _fuses(node):
                 moved = sum(self.size(b) for b in self.reads[node]) + self.size((node, 0))
                 whole += Work(traffic=moved, kernels=1)
             else:
-                whole += work_of(node.target, values, named, node.meta.get("val"))
+                whole += work_of(node.target, self._values(node.args), self._values(node.kwargs), node.meta.get("val"))
         return whole
 
     @staticmethod
-    def _value(given: Any) -> Any:
+    def _values(given: Any) -> Any:
         return tree_map(lambda a: a.meta.get("val") if isinstance(a, fx.Node) else a, given)
 
 
@@ -303,7 +192,7 @@ class _Halves:
         kept: dict[Buffer, int] = {}
         held, moved, own = [], 0, set()
         for node in ahead.final[joint.outputs :]:
-            buffer, tensor = _root(node), _tensors(node)[0]
+            buffer, tensor = root(node), tensors(node)[0]
             if buffer in weights or tensor is None:
                 continue
             if self.threshold is not None and tensor.nbytes >= self.threshold:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from diffpipe.pipeline.memory.footprint import Footprint
@@ -71,11 +71,11 @@ class Estimate:
         return {
             "weights": self.weights,
             "streamed weights": self.arena,
-            "trained": self.trained,
+            "trained parameters": self.trained,
             "gradients": self.moment.gradients,
-            "optimizer": self.optimizer,
-            "activations": self.moment.saved,
-            "on the way": self.moment.flight,
+            "optimizer state": self.optimizer,
+            "saved activations": self.moment.saved,
+            "fetched activations": self.moment.flight,
             "workspace": self.moment.workspace + self.moment.inputs + self.library,
         }
 
@@ -86,6 +86,11 @@ class Estimate:
     @property
     def host(self) -> int:
         return self.homes + self.buffers
+
+    @property
+    def always(self) -> dict[str, int]:
+        """Of the parts those that every bucket has alike."""
+        return {name: self.parts[name] for name in ("weights", "streamed weights", "trained parameters", "optimizer state")}
 
     def told(self) -> str:
         """The peak and its parts, for a person."""
