@@ -27,8 +27,7 @@ def plan_command(config: Path, overrides: list[str], card: str | None) -> None:
 def show(plan: Plan, console) -> None:
     """What the whole run does, then each stage."""
     of = "the data's" if plan.scanned else "all that the config allows, for the data is not here"
-    notes = (f"for a card like {plan.card.name}; seconds are arithmetic; buckets: {of}",)
-    for line in (*plan.lines, *notes):
+    for line in (*plan.lines, f"planned for a card like {plan.card.name}, in GiB and seconds a step; buckets: {of}"):
         console.print(line, markup=False, highlight=False)
     for number, stage in enumerate(plan.stages):
         console.print()
@@ -42,14 +41,14 @@ def lines(stage: StagePlan) -> Iterator[str]:
     estimate = next(iter(stage.buckets.values()))
     held = ", ".join(f"{name} {_gib(count)}" for name, count in estimate.always.items() if count)
     yield f"  {stage.count} units, {stage.share:.0%} of the weights"
-    yield f"  GiB always held: {held}"
+    yield f"  always held: {held}"
     if estimate.homes:
-        yield f"  GiB of weights in host memory: {_gib(estimate.homes)}"
+        yield f"  weights in host memory: {_gib(estimate.homes)}"
     yield from (f"  {reason}" for reason in stage.reasons)
 
 
 def table(stage: StagePlan):
-    """What each bucket's steps hold in GiB, copy and take."""
+    """What each bucket's steps hold on the device and in host memory, copy and take, in GiB and seconds."""
     from rich import box
     from rich.table import Table
 
@@ -59,9 +58,9 @@ def table(stage: StagePlan):
         "fetched": lambda e: _gib(e.moment.flight),
         "gradients": lambda e: _gib(e.moment.gradients),
         "workspace": lambda e: _gib(e.parts["workspace"]),
-        "kept on host": lambda e: _gib(e.buffers),
-        "copied to device": lambda e: _gib(e.to_device),
-        "copied to host": lambda e: _gib(e.to_host),
+        "on host": lambda e: _gib(e.buffers),
+        "to device": lambda e: _gib(e.to_device),
+        "to host": lambda e: _gib(e.to_host),
         "s/step": lambda e: f"{e.seconds:.3g}",
     }
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)

@@ -71,7 +71,8 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
     config = materialize(config)
     model = make_model(config.model, config.objective)
     whole, spans = outline(config, model)
-    model.weights()
+    if config.model.path is not None or config.model.files:
+        model.weights()  # else the released model is planned for, wherever it lies
     check_formats(config, model)
     check_optimizer(config.optimizer)
     chosen = find_card(card, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
         return [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
 
     def keep(joint: fx.GraphModule, given: Any, *, num_fwd_outputs: int, **more: Any) -> Any:
-        kept.append((copy.deepcopy(joint), num_fwd_outputs))
+        kept.append((_again(joint), num_fwd_outputs))
         return min_cut_rematerialization_partition(joint, given, num_fwd_outputs=num_fwd_outputs, **more)
 
     traced = aot_function(as_on_cuda(run, fused=False), nop, nop, partition_fn=keep, decompositions=select_decomp_table())
@@ -75,7 +74,7 @@ def cut(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
     """
     from functorch.compile import min_cut_rematerialization_partition
 
-    module = copy.deepcopy(joint.module)
+    module = _again(joint.module)
     if policy != "none":
         _tag(module.graph, policy)
     hidden = {_hide(node): node_target for node in module.graph.nodes if (node_target := node.target) and _is_random(node)}
@@ -87,6 +86,13 @@ def cut(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
             node.target = hidden.get(node.target, node.target)
     forward, backward = halves
     return forward.graph, backward.graph
+
+
+def _again(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, to take apart."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -36,7 +36,7 @@ def is_open(memory: MemoryConfig) -> bool:
 
 
 def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choice | None:
-    """The fastest settings that fit, of those the one that holds least; None where none fits.
+    """The fastest settings that fit, of equally fast ones the plainest; None where none fits.
 
     Keys that are set stay as they are.
 
@@ -48,7 +48,7 @@ def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choic
     fitting = [f for f in found if f[0].peak <= budget]
     if not fitting:
         return None
-    estimate, _, best = min(fitting, key=lambda f: (f[0].seconds, f[0].peak, f[1]))
+    estimate, _, best = min(fitting, key=lambda f: (f[0].seconds, f[1]))
     return Choice(best, estimate, _reasons(memory, best, budget, judge))
 
 
@@ -73,7 +73,7 @@ def does_not_fit(where: str, estimate: Estimate, limit: int, what: str, config: 
 
 
 def _settings(memory: MemoryConfig, units: int) -> Iterator[MemoryConfig]:
-    """Every section that may be chosen, what changes least first."""
+    """Every section that may be chosen, the plainest first."""
     given = memory.model_fields_set
     policies = [(memory.recompute, memory.recompute_every)]
     if "recompute" not in given:
@@ -97,13 +97,15 @@ def _reasons(asked: MemoryConfig, best: MemoryConfig, budget: int, judge: Judge)
         "offload": [("without", {"offload": False})],
     }
     for key, options in cheaper.items():
+        if key == "recompute_every" and best.recompute == "none":
+            continue
         value = getattr(best, key)
         if key in asked.model_fields_set and value == getattr(asked, key):
             reasons[key] = "set in the config"
             continue
         told = []
         for name, changes in options:
-            if changes[key] == value or (key == "recompute_every" and best.recompute == "none"):
+            if changes[key] == value:
                 break
             other = judge(best.model_copy(update=changes))
             over = other.peak > budget
