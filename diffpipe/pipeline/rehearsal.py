@@ -121,7 +121,7 @@ class Rehearsal:
         threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
         key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile)
         if key not in self.peaks:
-            timeline = self._timeline(bucket)
+            timeline = self.timeline(bucket)
 
             def footprint(visit: Visit) -> Footprint:
                 policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
@@ -142,7 +142,7 @@ class Rehearsal:
                 self.footprints[key] = measure(unit, call, self.fakes, policy, threshold)
         return self.footprints[key]
 
-    def _timeline(self, bucket: Dims) -> Timeline:
+    def timeline(self, bucket: Dims) -> Timeline:
         if bucket not in self.timelines:
             self.timelines[bucket] = self._recorded(bucket)
         return self.timelines[bucket]
@@ -178,7 +178,7 @@ class Rehearsal:
     def _residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
         key = (memory.swap, memory.room)
         if key not in self.residencies:
-            self.residencies[key] = self._placed(self._timeline(bucket), memory)
+            self.residencies[key] = self._placed(self.timeline(bucket), memory)
         return self.residencies[key]
 
     def _placed(self, timeline: Timeline, memory: MemoryConfig) -> Residency:
