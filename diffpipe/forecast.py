@@ -12,8 +12,8 @@ from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.buckets import Bucket
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.cards import Card, find_card
-from diffpipe.pipeline.memory.estimate import GIB, Estimate
-from diffpipe.pipeline.memory.planner import choose, does_not_fit, is_open, least
+from diffpipe.pipeline.memory.estimate import Estimate, amount
+from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.rehearsal import Rehearsal, largest
 
@@ -69,8 +69,8 @@ class Forecast:
         units = len(self.rehearsal.units)
         choice = choose(self.config.memory, units, limit, judge)
         if choice is None:
-            lowest = least(self.config.memory, units, judge)
-            raise does_not_fit(where, judge(lowest), limit, whose, self.config.model_copy(update={"memory": lowest}))
+            tried = self.config.model_copy(update={"memory": exhausted(self.config.memory)})
+            raise does_not_fit(where, least(self.config.memory, units, judge), limit, whose, tried)
         self.reasons = choice.reasons
         self.config = self.config.model_copy(update={"memory": choice.memory})
 
@@ -114,9 +114,7 @@ class Comparison:
             held: the most that the step just done held.
         """
         predicted = self.forecast.of(bucket).peak
-        return (
-            f"stage {self.forecast.stage} held {held / GIB:.2f} GiB, predicted were {predicted / GIB:.2f} GiB ({predicted / held - 1:+.1%})"
-        )
+        return f"stage {self.forecast.stage} held {amount(held)}, predicted were {amount(predicted)} ({predicted / held - 1:+.1%})"
 
 
 def dims(bucket: Bucket) -> tuple[int, int, int]:

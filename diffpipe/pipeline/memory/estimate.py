@@ -94,8 +94,13 @@ class Estimate:
 
     def told(self) -> str:
         """The peak and its parts, for a person."""
-        parts = sorted(((n, b) for n, b in self.parts.items() if b >= GIB / 100), key=lambda p: -p[1])
-        return f"{self.peak / GIB:.2f} GiB (" + ", ".join(f"{name} {count / GIB:.2f}" for name, count in parts) + ")"
+        parts = sorted(((n, b) for n, b in self.parts.items() if b >= self.peak / 100), key=lambda p: -p[1])
+        return f"{amount(self.peak)} (" + ", ".join(f"{name} {amount(count)}" for name, count in parts) + ")"
+
+
+def amount(count: int) -> str:
+    """Bytes in the unit that fits them."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
 
 
 @dataclass

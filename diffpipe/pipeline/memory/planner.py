@@ -8,7 +8,7 @@ from itertools import product
 
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.errors import DiffpipeError
-from diffpipe.pipeline.memory.estimate import GIB, Estimate
+from diffpipe.pipeline.memory.estimate import Estimate, amount
 from diffpipe.pipeline.memory.shortage import remedies
 
 EVERY = (1, 2, 3, 4)  # what recompute_every may be chosen to be
@@ -52,9 +52,15 @@ def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choic
     return Choice(best, estimate, _reasons(memory, best, budget, judge))
 
 
-def least(memory: MemoryConfig, units: int, judge: Judge) -> MemoryConfig:
-    """What holds least of all that may be chosen."""
-    return min(_settings(memory, units), key=lambda each: judge(each).peak)
+def least(memory: MemoryConfig, units: int, judge: Judge) -> Estimate:
+    """The estimate of what holds least of all that may be chosen."""
+    return min((judge(each) for each in _settings(memory, units)), key=lambda e: e.peak)
+
+
+def exhausted(memory: MemoryConfig) -> MemoryConfig:
+    """The section with all that may be chosen at its last resort, for there is nothing left to advise of it."""
+    last = {"recompute": "block", "recompute_every": 1, "swap": "all", "offload": True}
+    return memory.model_copy(update={k: v for k, v in last.items() if k not in memory.model_fields_set or getattr(memory, k) == "auto"})
 
 
 def does_not_fit(where: str, estimate: Estimate, limit: int, what: str, config: Config) -> DiffpipeError:
@@ -67,7 +73,7 @@ def does_not_fit(where: str, estimate: Estimate, limit: int, what: str, config: 
     return DiffpipeError(
         f"{where} needs {estimate.told()}",
         where="memory.budget" if config.memory.budget is not None else "memory",
-        expected=f"at most {limit / GIB:.2f} GiB, {what}",
+        expected=f"at most {amount(limit)}, {what}",
         fix="; or ".join(remedies(config)),
     )
 
@@ -109,6 +115,6 @@ def _reasons(asked: MemoryConfig, best: MemoryConfig, budget: int, judge: Judge)
                 break
             other = judge(best.model_copy(update=changes))
             over = other.peak > budget
-            told.append(f"{name}: {other.peak / GIB:.2f} GiB" + (", too much" if over else f" and {other.seconds:.3g} s, no faster"))
+            told.append(f"{name}: {amount(other.peak)}" + (", too much" if over else f" and {other.seconds:.3g} s, no faster"))
         reasons[key] = "; ".join(told) or "fits, and is the fastest"
     return reasons
