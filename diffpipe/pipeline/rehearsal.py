@@ -22,7 +22,7 @@ from diffpipe.pipeline.memory.cards import Card
 from diffpipe.pipeline.memory.compiled import Compiled
 from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
-from diffpipe.pipeline.memory.layer import chosen
+from diffpipe.pipeline.memory.layer import chosen, order_of
 from diffpipe.pipeline.memory.ledger import rounded
 from diffpipe.pipeline.memory.quantize import quantize
 from diffpipe.pipeline.memory.stream import Stream, streamed
@@ -89,9 +89,11 @@ class Rehearsal:
         """What a step of a bucket holds and takes under a memory section whose ``swap`` is a number or "all"."""
         peak, held = self._peak(bucket, memory), self._residency(bucket, memory)
         count = self.config.batch.accumulate
+        visits = 1 if self._together(memory) else count  # of each streamed unit, forward and backward
         link = self.card.link * (1 if memory.pin else PAGEABLE)
-        ahead = max(self.card.seconds(peak.ahead), held.moved / 2 / link, peak.moved / self.card.link)
-        back = max(self.card.seconds(peak.back), held.moved / 2 / link + peak.moved / self.card.link)
+        weights, activations = visits * held.moved / 2 / link, count * peak.moved / self.card.link
+        ahead = max(count * self.card.seconds(peak.ahead), weights, activations)
+        back = max(count * self.card.seconds(peak.back), weights + activations)
         return Estimate(
             weights=held.resident,
             trained=self.trained,
@@ -101,16 +103,19 @@ class Rehearsal:
             moment=peak.moment,
             homes=held.homes,
             buffers=peak.held,
-            to_device=count * (held.moved + peak.moved),
+            to_device=visits * held.moved + count * peak.moved,
             to_host=count * peak.moved,
-            seconds=count * (ahead + back),
+            seconds=ahead + back,
         )
 
-    @property
-    def in_flight(self) -> int:
+    def _together(self, memory: MemoryConfig) -> bool:
+        """Whether all microbatches pass a unit before any goes on."""
+        return self.config.mesh.stages == 1 and order_of(memory) == "layer"
+
+    def _in_flight(self, memory: MemoryConfig) -> int:
         """Microbatches whose activations this stage holds at once."""
         stages, count = self.config.mesh.stages, self.config.batch.accumulate
-        return min(count, stages - self.stage) if count >= stages else count
+        return count if count < stages or self._together(memory) else min(count, stages - self.stage)
 
     def _quantize(self, memory: MemoryConfig) -> None:
         if memory.quantize == "fp8":
@@ -119,7 +124,8 @@ class Rehearsal:
 
     def _peak(self, bucket: Dims, memory: MemoryConfig) -> Peak:
         threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
-        key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile)
+        together = self._together(memory)
+        key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile, together)
         if key not in self.peaks:
             timeline = self.timeline(bucket)
 
@@ -127,7 +133,7 @@ class Rehearsal:
                 policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
                 return self._footprint(timeline, visit, policy, threshold, memory.compile)
 
-            self.peaks[key] = find_peak(timeline, footprint, self.in_flight, self.config.batch.accumulate)
+            self.peaks[key] = find_peak(timeline, footprint, self._in_flight(memory), self.config.batch.accumulate, together)
         return self.peaks[key]
 
     def _footprint(self, timeline: Timeline, visit: Visit, policy: str, threshold: int | None, compiles: bool) -> Footprint:

@@ -21,7 +21,7 @@ class Card:
         memory: bytes that a program may use.
         capability: compute capability; 8.9 and above multiply fp8.
         half: operations a second of 16-bit products; 8-bit ones reach ``eight`` times as many, 32-bit ones ``full``, and
-            attention kernels ``attention``: FlashAttention-2 is less good at Hopper.
+            attention kernels ``attention``.
         bandwidth: bytes a second of its memory.
         link: bytes a second to and from page-locked host memory.
     """
@@ -55,8 +55,8 @@ LAUNCH = 2e-6  # seconds between kernels
 # Rates: of H100 and H200, products and copies as measured (shared/reference/gpu-baselines.md: 8192^3 products at 790 TFLOP/s, copies
 # at 51.7 GiB/s); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths of its bandwidths.
 CARDS = (
-    Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 51.7 * GIB, attention=0.45),
-    Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 51.7 * GIB, attention=0.5),
+    Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 51.7 * GIB, attention=0.65),
+    Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 51.7 * GIB, attention=0.7),
     Card("A100 80GB", 79 * GIB, (8, 0), 234e12, 1.6e12, 24 * GIB),
     Card("A100 40GB", 39 * GIB, (8, 0), 234e12, 1.2e12, 24 * GIB),
     Card("RTX PRO 6000", 94 * GIB, (12, 0), 380e12, 1.4e12, 50 * GIB),

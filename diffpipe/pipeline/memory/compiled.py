@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from diffpipe.pipeline.cut import Fakes
 from diffpipe.pipeline.memory.footprint import Call, Footprint
-from diffpipe.pipeline.memory.graphs import Buffer, Joint, cut, root, tensors, trace
+from diffpipe.pipeline.memory.graphs import Joint, cut, trace
 from diffpipe.pipeline.memory.ledger import Work, rounded, scratch, work_of
+from diffpipe.pipeline.memory.tags import Buffer, root, tensors
 
 INLINE = 4  # buffers that a computation may read and still be done again for each of its uses: inductor's realize_reads_threshold
 
@@ -24,11 +24,12 @@ class Compiled:
 
     Args:
         unit: on meta or fake tensors; not changed.
-        around: whether the compiler sees what is computed again, as ``MemoryLayer`` has it; else a checkpoint runs the compiled unit.
     """
 
-    def __init__(self, unit: nn.Module, call: Call, fakes: Fakes, around: bool = True) -> None:
-        self.joint, self.around = trace(unit, call, fakes), around
+    def __init__(self, unit: nn.Module, call: Call, fakes: Fakes) -> None:
+        self.joint = trace(unit, call, fakes)
+        given = [x for x in call.leaves if isinstance(x, Tensor)]
+        self.copied = {i: rounded(x.nbytes) for i, x in enumerate(given) if not x.is_contiguous()}  # by ``compiling``
         self.cuts: dict[str, tuple[_Kernels, _Kernels]] = {}
 
     def footprint(self, policy: str, threshold: int | None) -> Footprint:
@@ -38,27 +39,10 @@ class Compiled:
             policy: as ``memory.recompute``.
             threshold: bytes from which saved activations are moved to the host; None moves none.
         """
-        if policy != "none" and not self.around:
-            return self._again(self.footprint("none", None), threshold)
         if policy not in self.cuts:
             ahead, back = cut(self.joint, policy)
             self.cuts[policy] = _Kernels(ahead), _Kernels(back)
-        return _Halves(self.joint, *self.cuts[policy], threshold).footprint()
-
-    def _again(self, inner: Footprint, threshold: int | None) -> Footprint:
-        """The footprint when all that the unit keeps is computed again, from what goes in."""
-        joint = self.joint
-        nodes = [n for n in joint.module.graph.nodes if n.op == "placeholder"][joint.weights : joint.weights + joint.leaves]
-        sizes = [_Kernels.size((node, 0)) for node in nodes]
-        moved = {i for i, size in enumerate(sizes) if threshold is not None and size >= threshold}
-        return replace(
-            inner,
-            kept=0,
-            held=tuple(i for i in range(joint.leaves) if i not in moved),
-            moved=sum(sizes[i] for i in moved),
-            backward=max(inner.forward, inner.kept + inner.backward),
-            back=inner.ahead + inner.back,
-        )
+        return _Halves(self.joint, *self.cuts[policy], self.copied, threshold).footprint()
 
 
 def _fuses(node: fx.Node) -> bool:
@@ -178,8 +162,8 @@ class _Kernels:
 class _Halves:
     """A cut graph's two halves as a footprint."""
 
-    def __init__(self, joint: Joint, forward: _Kernels, backward: _Kernels, threshold: int | None) -> None:
-        self.joint, self.ahead, self.back, self.threshold = joint, forward, backward, threshold
+    def __init__(self, joint: Joint, forward: _Kernels, backward: _Kernels, copied: dict[int, int], threshold: int | None) -> None:
+        self.joint, self.ahead, self.back, self.copied, self.threshold = joint, forward, backward, copied, threshold
 
     def footprint(self) -> Footprint:
         ahead, joint = self.ahead, self.joint
@@ -197,7 +181,7 @@ class _Halves:
                 continue
             if self.threshold is not None and tensor.nbytes >= self.threshold:
                 moved += rounded(tensor.nbytes)
-            elif buffer in leaves:
+            elif buffer in leaves and leaves[buffer] not in self.copied:
                 held.append(leaves[buffer])
             else:
                 kept[buffer] = ahead.size(buffer)
@@ -211,7 +195,7 @@ class _Halves:
             held=tuple(held),
             moved=moved,
             casts=0,
-            forward=ahead.peak() - made,
+            forward=ahead.peak() - made + sum(self.copied.values()),
             backward=self.back.peak(freed),
             gradients=sum(self.back.size(b) for b in gradients),
             ahead=ahead.work(),

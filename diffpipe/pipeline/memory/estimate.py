@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise, product
 
 from diffpipe.pipeline.memory.footprint import Footprint
 from diffpipe.pipeline.memory.ledger import Work
@@ -121,19 +122,21 @@ class Peak:
     back: Work = field(default_factory=Work)
 
 
-def find_peak(timeline: Timeline, footprint: Choose, in_flight: int, microbatches: int) -> Peak:
+def find_peak(timeline: Timeline, footprint: Choose, in_flight: int, microbatches: int, together: bool = False) -> Peak:
     """Go through a step's passes: forward ones of ``in_flight`` microbatches, and the backward pass of the first of them.
 
     Args:
         footprint: of the unit that a visit is to.
-        microbatches: of a step; with several there are gradients of earlier ones.
+        microbatches: of a step; with more than are in flight there are gradients of earlier ones.
+        together: all that are in flight go back through a unit before any goes on, as ``memory.order`` "layer" has it.
     """
-    return _Replay(timeline, footprint, in_flight, microbatches).run()
+    return _Replay(timeline, footprint, in_flight, microbatches, together).run()
 
 
 class _Replay:
-    def __init__(self, timeline: Timeline, footprint: Choose, in_flight: int, microbatches: int) -> None:
+    def __init__(self, timeline: Timeline, footprint: Choose, in_flight: int, microbatches: int, together: bool) -> None:
         self.timeline, self.footprint, self.in_flight, self.microbatches = timeline, footprint, in_flight, microbatches
+        self.back = range(in_flight if together else 1)
         self.holders: Counter[tuple[int, int]] = Counter()  # units that hold a microbatch's storage for backward
         self.there: set[tuple[int, int]] = set()  # storages that are alive outside of units
         self.kept = self.loose = self.casts = self.gradients = self.flight = self.host = 0
@@ -149,13 +152,9 @@ class _Replay:
             for event in self.timeline.ahead:
                 self._change(event, number) if isinstance(event, Change) else self._forward(event, number)
             self.casts = 0
-        steps = list(self.timeline.back)
-        for i, event in enumerate(steps):
-            if isinstance(event, Change):
-                self._change(event, 0)
-            else:
-                before = next((e for e in steps[i + 1 :] if isinstance(e, Visit)), None)
-                self._backward(event, before)
+        before = dict(pairwise(e for e in self.timeline.back if isinstance(e, Visit)))
+        for event, number in product(self.timeline.back, self.back):
+            self._change(event, number) if isinstance(event, Change) else self._backward(event, number, before.get(event))
         self.peak.ahead += self.timeline.work
         return self.peak
 
@@ -172,7 +171,7 @@ class _Replay:
             self.peak.moved += print_.moved
             self.peak.ahead += print_.ahead
 
-    def _backward(self, visit: Visit, before: Visit | None) -> None:
+    def _backward(self, visit: Visit, number: int, before: Visit | None) -> None:
         """A unit's backward pass, while what the unit before it needs for its own comes back from the host."""
         print_ = self.footprint(visit)
         self.flight = print_.moved + (self.footprint(before).moved if before is not None else 0)
@@ -181,10 +180,10 @@ class _Replay:
         self.host -= print_.moved
         self.kept -= print_.kept
         for place in set(print_.held):
-            self._hold((0, visit.leaves[place]), -1)
-        if self.microbatches <= self.in_flight:
-            self.gradients += print_.gradients
-        self.peak.back += print_.back
+            self._hold((number, visit.leaves[place]), -1)
+        if number == 0:
+            self.gradients += print_.gradients if self.microbatches <= self.in_flight else 0
+            self.peak.back += print_.back
 
     def _hold(self, storage: tuple[int, int], count: int) -> None:
         size = self.timeline.bytes.get(storage[1], 0) if storage[1] not in self.timeline.given else 0
@@ -200,7 +199,7 @@ class _Replay:
         if event.storage in self.timeline.given:
             return
         if event.storage in self.timeline.gradients:
-            if self.microbatches <= self.in_flight and event.bytes > 0:
+            if self.microbatches <= self.in_flight and event.bytes > 0 and number == 0:
                 self.gradients += event.bytes
             return
         self.there.add(storage) if event.bytes > 0 else self.there.discard(storage)

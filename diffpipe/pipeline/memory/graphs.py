@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import CheckpointPolicy
 
 from diffpipe.pipeline.cut import Fakes, duplicate
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.footprint import Call
-from diffpipe.pipeline.memory.recompute import COSTLY
-
-Buffer = tuple[fx.Node, int]  # a node, and which of its results
+from diffpipe.pipeline.memory.tags import tag
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,8 @@ def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
     named = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
     tensors = [x for x in call.leaves if isinstance(x, Tensor)]
     with fakes.mode:
-        inputs = [torch.empty_strided(x.size(), x.stride(), dtype=x.dtype).requires_grad_(x.requires_grad) for x in tensors]
+        # Laid out row by row, as ``compiled`` gives them to the compiler.
+        inputs = [torch.empty(x.size(), dtype=x.dtype).requires_grad_(x.requires_grad) for x in tensors]
     kept: list[tuple[fx.GraphModule, int]] = []
 
     def run(weights: list[Tensor], given: list[Tensor]) -> list[Tensor]:
@@ -76,7 +73,7 @@ def cut(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
 
     module = _again(joint.module)
     if policy != "none":
-        _tag(module.graph, policy)
+        tag(module.graph, policy)
     hidden = {_hide(node): node_target for node in module.graph.nodes if (node_target := node.target) and _is_random(node)}
     # Weights are there anyway: to save them costs nothing.
     weights = list(range(joint.weights))
@@ -109,42 +106,3 @@ def _hide(node: fx.Node) -> Callable[..., Any]:
 
     node.target = random
     return random
-
-
-def _tag(graph: fx.Graph, policy: str) -> None:
-    """Mark what is to be computed again, as torch.compile does for what a checkpoint holds."""
-    behind: set[fx.Node] = set()  # of the backward pass
-    for node in graph.nodes:
-        if (node.op == "placeholder" and "tangents" in node.name) or any(n in behind for n in node.all_input_nodes):
-            behind.add(node)
-        elif node.op == "call_function":
-            schema = getattr(root(node)[0].target, "_schema", None)
-            costly = policy == "selective" and schema is not None and schema.name.removeprefix("aten::") in COSTLY
-            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
-            node.meta["ac_graph_id"] = 1
-
-
-def tensors(node: fx.Node) -> list[Tensor | None]:
-    value = node.meta.get("val")
-    each = value if isinstance(value, tuple | list) else (value,)
-    return [x if isinstance(x, Tensor) else None for x in each]
-
-
-def root(node: fx.Node) -> Buffer:
-    """The node whose memory a node's result lies in, through views, and which of its results that is."""
-    place = 0
-    while node.op == "call_function":
-        if node.target is operator.getitem:
-            place, node = int(node.args[1]), node.args[0]  # pyright: ignore[reportArgumentType, reportAssignmentType]
-        elif _views(node):
-            node = node.all_input_nodes[0]
-        else:
-            break
-    return node, place
-
-
-def _views(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or schema.is_mutable:
-        return False
-    return node.target is torch.ops.aten._unsafe_view.default or any(r.alias_info is not None for r in schema.returns)

@@ -49,7 +49,7 @@ class MemoryLayer:
         self.homes = streamed(units, chosen(len(units), config.swap), pinned)
         self.stream: Stream | None = None
         self.offload = Offload(device, int(config.offload_threshold * (1 << 20))) if config.offload else None
-        self.order = config.order or ("layer" if self.homes and self.offload else "microbatch")
+        self.order = order_of(config)
 
     def wrap(self) -> None:
         """Put the policies around the units' forwards; the weights are read."""
@@ -98,6 +98,11 @@ def chosen(count: int, swap: int | str) -> list[int]:
             f"{number} units for a stage of {count}", where="memory.swap", expected=f"at most {count}, or all", fix="lower it"
         )
     return sorted({i * count // number for i in range(number)}) if number else []
+
+
+def order_of(config: MemoryConfig) -> str:
+    """What ``memory.order`` comes to, where one stage holds the whole model."""
+    return config.order or ("layer" if config.swap and config.offload else "microbatch")
 
 
 def _packers(stream: Stream | None, offload: Offload | None) -> list[Packer]:

@@ -84,7 +84,8 @@ def _settings(memory: MemoryConfig, units: int) -> Iterator[MemoryConfig]:
     policies = [(memory.recompute, memory.recompute_every)]
     if "recompute" not in given:
         every = EVERY if "recompute_every" not in given else (memory.recompute_every,)
-        policies = [("none", 1), *(p for k in sorted(every, reverse=True) for p in (("selective", k), ("block", k)))]
+        kinds = ("selective", "parts", "block") if memory.compile else ("selective", "block")
+        policies = [("none", 1), *product(kinds, sorted(every, reverse=True))]
     elif "recompute_every" not in given and memory.recompute != "none":
         policies = [(memory.recompute, k) for k in sorted(EVERY, reverse=True)]
     offloads = (memory.offload,) if "offload" in given else (False, True)
