@@ -105,21 +105,16 @@ def test_a_budget_settles_what_build_is_given_and_changes_no_number(toys: Toys) 
     same(steps_of(forecast.config, rounds=2), steps_of(plain, rounds=2))
 
 
-def test_a_bucket_that_cannot_fit_ends_the_run_before_anything_is_encoded_or_read(tmp_path: Path) -> None:
+def test_a_budget_is_met_or_the_run_ends_before_anything_is_encoded_or_read(tmp_path: Path) -> None:
     config = prepared("wan", "lora", tmp_path, 1)
-    config = config.model_copy(update={"memory": MemoryConfig(budget="4MiB")})
     with pytest.raises(DiffpipeError) as told:
-        train(config, resume=None, make_sinks=list)
+        train(config.model_copy(update={"memory": MemoryConfig(budget="4MiB")}), resume=None, make_sinks=list)
     fault = told.value
     assert fault.where == "memory.budget"
     assert "bucket 9x64x64 on stage 0 needs" in fault.found and "workspace" in fault.found
     assert "more mesh.stages" in fault.fix
     assert not any(key in fault.fix for key in ("memory.swap", "memory.offload", "memory.recompute"))
     assert not list((tmp_path / "cache").glob("*.safetensors"))
-
-
-def test_a_run_within_a_budget_says_what_it_chose(tmp_path: Path) -> None:
-    config = prepared("wan", "lora", tmp_path, 1)
     run = train(config.model_copy(update={"memory": MemoryConfig(budget="4GiB", swap=0)}), resume=None, make_sinks=list)
     log = (run / "log.txt").read_text()
     assert "memory.recompute: none (fits, and is the fastest)" in log and "memory.swap: 0 (set in the config)" in log

@@ -86,7 +86,7 @@ def bytes_of(tensors: Any) -> int:
     return sum(rounded(t.nbytes) for t in tensors)
 
 
-@pytest.mark.parametrize(("family", "memory"), [("flux", {"swap": 0}), ("flux", {"swap": "all"}), ("sdxl", {"swap": 3})])
+@pytest.mark.parametrize(("family", "memory"), [("flux", {"swap": "all"}), ("sdxl", {"swap": 3})])
 def test_what_stays_is_counted_to_the_byte(toys: Toys, family: str, memory: dict[str, Any]) -> None:
     config = config_of(family, toys(family), {"rank": 4}, memory)
     model = make_model(config.model, config.objective)
@@ -134,7 +134,7 @@ def test_8_bit_state_takes_two_bytes_and_scales() -> None:
     assert state_bytes(OptimizerConfig(kind="adamw8bit"), weights) == 2 * 1024 * 256 + 2 * 4 * 1024 + 8 * 64
 
 
-@pytest.mark.parametrize(("family", "policy"), [("flux", "block"), ("flux", "selective"), ("wan", "none")])
+@pytest.mark.parametrize(("family", "policy"), [("flux", "block"), ("wan", "none")])
 def test_a_compiled_unit_keeps_what_was_foreseen(toys: Toys, family: str, policy: str) -> None:
     config = config_of(family, toys(family), {"rank": 4}, {"recompute": policy, "compile": True})
     model = make_model(config.model, config.objective)
@@ -143,7 +143,7 @@ def test_a_compiled_unit_keeps_what_was_foreseen(toys: Toys, family: str, policy
     unit = with_values(rehearsal.plain[number])
     foreseen = Compiled(unit, call, rehearsal.fakes).footprint(policy, None)
     kept, held = saved_by(unit, call, policy)
-    assert foreseen.kept == pytest.approx(kept, abs=1 << 14)  # the state of dropout's generator comes and goes with the device
+    assert foreseen.kept == pytest.approx(kept, abs=1 << 14)  # the state of the random generator, which checkpoints keep
     assert set(foreseen.held) == held
 
 
