@@ -55,7 +55,7 @@ def table(stage: StagePlan):
     columns = {
         "peak": lambda e: _gib(e.peak),
         "saved": lambda e: _gib(e.moment.saved),
-        "fetched": lambda e: _gib(e.moment.flight),
+        "moving": lambda e: _gib(e.moment.flight),
         "gradients": lambda e: _gib(e.moment.gradients),
         "workspace": lambda e: _gib(e.parts["workspace"]),
         "on host": lambda e: _gib(e.buffers),

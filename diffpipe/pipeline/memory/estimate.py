@@ -23,7 +23,7 @@ class Moment:
         saved: activations kept for backward passes.
         workspace: what the running unit, or what lies outside of units, holds beside.
         gradients: of trained parameters.
-        flight: activations on their way from the host.
+        flight: activations on their way to the host or back.
         inputs: of the model, with its targets.
     """
 
@@ -76,7 +76,7 @@ class Estimate:
             "gradients": self.moment.gradients,
             "optimizer state": self.optimizer,
             "saved activations": self.moment.saved,
-            "fetched activations": self.moment.flight,
+            "moving activations": self.moment.flight,
             "workspace": self.moment.workspace + self.moment.inputs + self.library,
         }
 
@@ -140,6 +140,7 @@ class _Replay:
         self.holders: Counter[tuple[int, int]] = Counter()  # units that hold a microbatch's storage for backward
         self.there: set[tuple[int, int]] = set()  # storages that are alive outside of units
         self.kept = self.loose = self.casts = self.gradients = self.flight = self.host = 0
+        self.leaving: list[int] = []  # bytes of each unit's activations on their way to the host
         self.inputs = sum(timeline.bytes.get(s, 0) for s in timeline.given) * microbatches
         self.peak = Peak()
 
@@ -159,31 +160,36 @@ class _Replay:
         return self.peak
 
     def _forward(self, visit: Visit, number: int) -> None:
-        print_ = self.footprint(visit)
-        self._look(print_.forward)
-        self.kept += print_.kept
-        self.casts += print_.casts
-        self.host += print_.moved
+        taken = self.footprint(visit)
+        # The unit's own copies begin when those of the unit before the last one were waited for.
+        self.leaving = self.leaving[-1:]
+        self.flight = sum(self.leaving)
+        self._look(taken.forward)
+        self.leaving.append(taken.moved)
+        self.flight += taken.moved
+        self.kept += taken.kept
+        self.casts += taken.casts
+        self.host += taken.moved
         self.peak.held = max(self.peak.held, self.host)
-        for place in set(print_.held):
+        for place in set(taken.held):
             self._hold((number, visit.leaves[place]), 1)
         if number == 0:
-            self.peak.moved += print_.moved
-            self.peak.ahead += print_.ahead
+            self.peak.moved += taken.moved
+            self.peak.ahead += taken.ahead
 
     def _backward(self, visit: Visit, number: int, before: Visit | None) -> None:
         """A unit's backward pass, while what the unit before it needs for its own comes back from the host."""
-        print_ = self.footprint(visit)
-        self.flight = print_.moved + (self.footprint(before).moved if before is not None else 0)
-        self._look(print_.backward)
-        self.flight -= print_.moved
-        self.host -= print_.moved
-        self.kept -= print_.kept
-        for place in set(print_.held):
+        taken = self.footprint(visit)
+        self.flight = taken.moved + (self.footprint(before).moved if before is not None else 0)
+        self._look(taken.backward)
+        self.flight -= taken.moved
+        self.host -= taken.moved
+        self.kept -= taken.kept
+        for place in set(taken.held):
             self._hold((number, visit.leaves[place]), -1)
         if number == 0:
-            self.gradients += print_.gradients if self.microbatches <= self.in_flight else 0
-            self.peak.back += print_.back
+            self.gradients += taken.gradients if self.microbatches <= self.in_flight else 0
+            self.peak.back += taken.back
 
     def _hold(self, storage: tuple[int, int], count: int) -> None:
         size = self.timeline.bytes.get(storage[1], 0) if storage[1] not in self.timeline.given else 0

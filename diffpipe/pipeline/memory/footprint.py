@@ -106,6 +106,7 @@ class _Trial:
         self.ledger = Ledger()
         self.weights = [*unit.parameters(), *unit.buffers()]
         self.moved = 0
+        self.leaving: list[Tensor] = []  # moved ones, which are let go later
 
     def run(self) -> Footprint:
         ledger = self.ledger
@@ -119,6 +120,7 @@ class _Trial:
                 outputs = self._forward(inputs, fixed)
                 within = ledger.live
             casts, peak, ahead = within - ledger.live, ledger.peak, ledger.work + before.times(-1)
+            self.leaving.clear()
             del inputs
             results = [ledger.number(x) for x in outputs]
             made = sum(ledger.entries[n] for n in set(results) - set(leaves))
@@ -158,6 +160,7 @@ class _Trial:
             if self.threshold is None or tensor.nbytes < self.threshold or self.ledger.number(tensor) in fixed:
                 return tensor
             self.moved += rounded(tensor.nbytes)
+            self.leaving.append(tensor)
             return tensor.size(), tensor.stride(), tensor.dtype
 
         def unpack(kept: Any) -> Tensor:

@@ -99,7 +99,7 @@ def _reasons(asked: MemoryConfig, best: MemoryConfig, budget: int, judge: Judge)
     reasons = {}
     cheaper: dict[str, Sequence[tuple[str, dict[str, object]]]] = {
         "recompute": [("none", {"recompute": "none"}), ("selective", {"recompute": "selective"})],
-        "recompute_every": [(f"every {k}", {"recompute_every": k}) for k in (best.recompute_every + 1,)],
+        "recompute_every": [(f"every {k}", {"recompute_every": k}) for k in (best.recompute_every + 1,) if k in EVERY],
         "swap": [(f"{n} blocks", {"swap": n}) for n in (int(best.swap) - 1,)] if isinstance(best.swap, int) and best.swap else [],
         "offload": [("without", {"offload": False})],
     }
