@@ -46,12 +46,14 @@ class Card:
         return 32 << 20 if self.capability >= (9, 0) else (8 << 20) + (128 << 10)
 
     def seconds(self, work: Work) -> float:
-        """How long work takes."""
+        """How long work takes: as long as the card computes, or as the host needs to queue it."""
         products = work.half + work.full / self.full + work.eight / self.eight + work.attention / self.attention
-        return products / self.half + work.traffic / self.bandwidth + work.kernels * LAUNCH
+        return max(products / self.half + work.traffic / self.bandwidth, work.queued * QUEUE)
 
 
-LAUNCH = 2e-6  # seconds between kernels
+# Seconds in which a host queues one operation of a block that is not compiled: LoRAs of SDXL, Flux, LTX-Video and Lumina 2 took 49 to 54
+# microseconds an operation in benchmarks/RESULTS.md's table of families.
+QUEUE = 50e-6
 # Rates: of H100 and H200, products and copies as measured (shared/reference/gpu-baselines.md: 8192^3 products at 790 TFLOP/s, copies
 # at 51.7 GiB/s); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths of its bandwidths.
 CARDS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -144,15 +145,15 @@ class _Kernels:
         return peak
 
     def work(self) -> Work:
-        """What its kernels compute and move."""
+        """What its kernels compute and move; the host queues them all at once."""
         whole = Work()
         for node in self.order:
             if _fuses(node):
                 moved = sum(self.size(b) for b in self.reads[node]) + self.size((node, 0))
-                whole += Work(traffic=moved, kernels=1)
+                whole += Work(traffic=moved)
             else:
                 whole += work_of(node.target, self._values(node.args), self._values(node.kwargs), node.meta.get("val"))
-        return whole
+        return replace(whole, queued=0)
 
     @staticmethod
     def _values(given: Any) -> Any:

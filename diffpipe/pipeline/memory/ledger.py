@@ -31,7 +31,7 @@ class Work:
         half, full, eight: floating-point operations of matrix products in 16, 32 and 8 bits.
         attention: those of attention kernels.
         traffic: bytes that all other operations read and write in the card's memory.
-        kernels: calls of kernels.
+        queued: operations that the host queues one by one.
     """
 
     half: int = 0
@@ -39,7 +39,7 @@ class Work:
     eight: int = 0
     attention: int = 0
     traffic: int = 0
-    kernels: int = 0
+    queued: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -59,14 +59,14 @@ def work_of(func: Any, args: Any, kwargs: Any, out: Any) -> Work:
     traffic = sum(reach.values())
     count = flop_registry.get(getattr(func, "_overloadpacket", func))
     if count is None:
-        return Work(traffic=traffic, kernels=1)
+        return Work(traffic=traffic, queued=1)
     flops = int(count(*args, **kwargs, out_val=out))
     if "attention" in str(func):
-        return Work(attention=flops, kernels=1)
+        return Work(attention=flops, queued=1)
     if flops < THIN * traffic:
-        return Work(traffic=traffic, kernels=1)
+        return Work(traffic=traffic, queued=1)
     size = min(t.dtype.itemsize for t in tensors if t.ndim > 1)
-    return Work(**{"eight" if size == 1 else "half" if size == 2 else "full": flops}, kernels=1)
+    return Work(**{"eight" if size == 1 else "half" if size == 2 else "full": flops}, queued=1)
 
 
 def is_view(func: Any, args: Any, out: Any) -> bool:
