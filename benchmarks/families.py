@@ -22,7 +22,9 @@ def run(family: str, steps: int, folder: Path) -> str:
     from diffpipe.export.run import export_weights
     from diffpipe.optim import make_optimizer, set_rates
     from diffpipe.pipeline.build import build
+    from diffpipe.pipeline.memory.cards import find_card
     from diffpipe.pipeline.mesh import open_mesh
+    from diffpipe.pipeline.rehearsal import Rehearsal
 
     height, width, frames = USUAL[family]
     config = Config.model_validate(
@@ -35,6 +37,7 @@ def run(family: str, steps: int, folder: Path) -> str:
         }
     )
     model = make_random(config)
+    foreseen = Rehearsal(config, model, 0, find_card(None, torch.device("cuda"))).estimate((frames, height, width), config.memory)
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     with open_mesh(config.mesh) as mesh:
@@ -61,8 +64,8 @@ def run(family: str, steps: int, folder: Path) -> str:
     count = sum(p.numel() for p in module.parameters()) / 1e9
     size = f"{width}x{height}" + (f", {frames} frames" if frames > 1 else "")
     return (
-        f"| {family} | {count:.1f} B | {size} | {statistics.median(times[1:]):.2f} | {peak:.1f} | {losses[0]:.3f} | "
-        f"{built:.0f} | {exported:.0f} |"
+        f"| {family} | {count:.1f} B | {size} | {statistics.median(times[1:]):.2f} | {peak:.1f} "
+        f"| {foreseen.seconds:.2f} | {foreseen.peak / 2**30:.1f} | {losses[0]:.3f} | {built:.0f} | {exported:.0f} |"
     )
 
 
@@ -72,8 +75,8 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=3)
     given = options.parse_args()
     print(torch.cuda.get_device_name(), torch.__version__)
-    print("| family | parameters | size | s/step | peak GiB | first loss | build s | export s |")
-    print("|" + " --- |" * 8)
+    print("| family | parameters | size | s/step | peak GiB | foreseen s/step | peak GiB | first loss | build s | export s |")
+    print("|" + " --- |" * 10)
     with tempfile.TemporaryDirectory() as folder:
         for family in given.families:
             print(run(family, given.steps, Path(folder)), flush=True)

@@ -1,9 +1,9 @@
-"""Speed and memory of a LoRA at real size under memory policies, on one GPU, with random weights.
+"""Speed and memory of training at real size under memory policies, on one GPU, with random weights: LoRA of rank 32, or in full.
 
     python benchmarks/memory.py [CASE ...] [--steps 4]
 
-Prints for each case seconds a step (median after two steps), the largest memory allocated from the third step on, host memory
-that streams use, and what was copied. Each case runs in a process of its own.
+Prints for each case seconds a step (median after two steps), the largest memory allocated from the third step on, what the planner
+predicted of both, host memory that streams use, and what was copied. Each case runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ CASES = {
     "wan-fp8": (WAN, 1, FP8),
     "wan-free": (WAN, 1, {**FP8, "recompute": "selective"}),
     "wan-least": (WAN, 1, {**LEAST, "recompute": "parts"}),
+    "flux-full": (FLUX, 1, {"compile": True, "swap": "all", "room": 6000}),
 }
 
 
@@ -42,25 +43,32 @@ def run(name: str, steps: int, extra: dict, profile: bool) -> dict[str, float]:
     """One case in this process."""
     from diffpipe.optim import make_optimizer, set_rates
     from diffpipe.pipeline.build import build
+    from diffpipe.pipeline.memory.cards import find_card
+    from diffpipe.pipeline.memory.release import Release
     from diffpipe.pipeline.mesh import open_mesh
+    from diffpipe.pipeline.rehearsal import Rehearsal
 
     (family, height, width, frames), count, memory = CASES[name]
     config = Config.model_validate(
         {
             "run": {"steps": steps},
             "model": {"family": family, "trainable_dtype": "bfloat16"},
-            "adapter": {"rank": 32},
-            "optimizer": {"kind": "adamw8bit-kahan"},
+            "adapter": None if name.endswith("full") else {"rank": 32},
+            "optimizer": {"kind": "adamw8bit-kahan", "clip": None},
+            "batch": {"accumulate": count},
             "data": {"folders": [{"path": "unused"}]},
             "memory": {**memory, **extra},
         }
     )
     model = make_random(config)
+    predicted = Rehearsal(config, model, 0, find_card(None, torch.device("cuda"))).estimate((frames, height, width), config.memory)
+    print(f"  predicted {predicted.told()}, {predicted.seconds:.3f} s", flush=True)
     begun = time.perf_counter()
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
         module = pipeline.stage.part.model
         optimizer = make_optimizer(config.optimizer, module.named_parameters())
+        pipeline.memory.release_with(Release(optimizer, mesh.mean_over_replicas, mesh.device))
         set_rates(optimizer, 1.0)
         print(f"  built in {time.perf_counter() - begun:.1f} s", flush=True)
         times, losses = [], []
@@ -83,9 +91,13 @@ def run(name: str, steps: int, extra: dict, profile: bool) -> dict[str, float]:
                 torch.cuda.synchronize()
             print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=70), file=sys.stderr)
         stream, offload = pipeline.memory.stream, pipeline.memory.offload
+        peak = torch.cuda.max_memory_allocated()
         return {
             "seconds": statistics.median(times[2:]),
-            "peak": torch.cuda.max_memory_allocated() / 2**30,
+            "peak": peak / 2**30,
+            "predicted": predicted.peak / 2**30,
+            "ratio": predicted.peak / peak,
+            "foreseen": predicted.seconds,
             "host": (sum(h.flat.numel() for h in stream.homes.values()) if stream else 0) / 2**30
             + (offload.held if offload else 0) / 2**30,
             "moved": (stream.moved / steps if stream else 0) / 2**30 + (2 * offload.moved / steps if offload else 0) / 2**30,

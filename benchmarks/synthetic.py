@@ -21,20 +21,6 @@ from diffpipe.models import model_class  # noqa: E402
 from diffpipe.models.base import DiffusionModel  # noqa: E402
 from diffpipe.models.weights import WeightSource, lazily  # noqa: E402
 
-# Names, lengths and widths of what each family's text encoders give.
-TEXT: dict[str, dict[str, tuple[int, ...]]] = {
-    "chroma": {"text": (512, 4096), "attended": (512,)},
-    "cosmos": {"text": (512, 1024)},
-    "flux": {"text": (512, 4096), "pooled": (768,)},
-    "flux-kontext": {"text": (512, 4096), "pooled": (768,)},
-    "hunyuan-video": {"text": (256, 4096), "text_mask": (256,), "pooled": (768,)},
-    "ltx-video": {"text": (128, 4096), "attended": (128,)},
-    "lumina2": {"text": (256, 2304), "text_mask": (256,)},
-    "sdxl": {"text": (1, 77, 2048), "pooled": (1280,)},
-    "wan": {"text": (512, 4096)},
-    "wan-i2v": {"text": (512, 4096)},
-}
-CHANNELS = {"sdxl": 4, "ltx-video": 128}  # of latents; 16 for all others
 # The usual resolution (height, width) and frames of each family.
 USUAL: dict[str, tuple[int, int, int]] = {
     "chroma": (1024, 1024, 1),
@@ -89,20 +75,15 @@ def drawn(name: str, shape: tuple[int, ...], device: str | torch.device) -> Tens
 def cached(model: DiffusionModel, height: int, width: int, frames: int, number: int = 0) -> dict[str, Tensor]:
     """The cached tensors of one sample, as a batch of one."""
     generator = torch.Generator().manual_seed(number)
-    shape = model.geometry
-    cells = (height // shape.spatial, width // shape.spatial)
-    latent = (CHANNELS.get(model.name, 16), *(((frames - 1) // shape.temporal + 1,) if shape.fps else ()), *cells)
-    batch: dict[str, Tensor] = {"latents": torch.randn((1, *latent), generator=generator)}
-    if model.takes_controls:
-        batch["control_latents"] = torch.randn((1, *latent), generator=generator)
-    if model.name == "wan-i2v":
-        batch |= {"condition": torch.randn((1, *latent), generator=generator), "image": torch.randn((1, 257, 1280), generator=generator)}
-    for name, size in TEXT[model.name].items():
-        if name in ("attended", "text_mask"):
-            batch[name] = torch.arange(size[0])[None] < size[0] // 3
+    text = model.blank_text()
+    batch: dict[str, Tensor] = {}
+    for name, like in model.blank(frames, height, width).items():
+        if name == "framing":
+            batch[name] = like[None]
+        elif like.dtype == torch.bool:
+            batch[name] = torch.arange(len(like))[None] < len(like) // 3
         else:
-            batch[name] = torch.randn((1, *size), generator=generator) * 0.1
-    batch["framing"] = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+            batch[name] = torch.randn((1, *like.shape), generator=generator) * (0.1 if name in text else 1)
     return batch
 
 

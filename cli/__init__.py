@@ -28,12 +28,25 @@ def train(
         str | None, typer.Option("--resume", metavar="[RUN]", help="Go on with RUN (name or folder); without RUN, the newest.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006 - Typer reads the default, nothing changes it
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show stages, weights and steps; train nothing.")] = False,
 ) -> None:
     """Encode what is not cached yet, then train. Under torchrun, one process per GPU."""
     from diffpipe.cli.train import train_command
 
-    run_command(lambda: train_command(config, overrides, resume, dry_run))
+    run_command(lambda: train_command(config, overrides, resume))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    card: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for this card, such as 'RTX 4090'.", show_default="the one here")
+    ] = None,
+) -> None:
+    """Show stages, memory, copies and time of every bucket, and what memory.budget would choose; needs no GPU."""
+    from diffpipe.cli.plan import plan_command
+
+    run_command(lambda: plan_command(config, overrides, card))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def train_command(config: Path, overrides: list[str], resume: str | None, dry_run: bool) -> None:
+def train_command(config: Path, overrides: list[str], resume: str | None) -> None:
     from diffpipe.config.load import load_config
 
     loaded = load_config(config, overrides)
@@ -13,11 +13,6 @@ def train_command(config: Path, overrides: list[str], resume: str | None, dry_ru
     from diffpipe.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    if dry_run:
-        from diffpipe.plan import dry_run as show
-
-        print(show(loaded))
-        return
     from diffpipe.train import train
 
     train(loaded, resume=resume, make_sinks=make_sinks)

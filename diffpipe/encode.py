@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -83,6 +83,7 @@ def prepare_data(
     exchange: Exchange = lambda value: [value],
     progress: ShowProgress = lambda p: None,
     again: bool = False,
+    fits: Callable[[Collection[Bucket]], None] = lambda buckets: None,
 ) -> tuple[Samples, Report]:
     """The samples of ``folders``, encoded where the cache does not hold them yet.
 
@@ -92,6 +93,7 @@ def prepare_data(
     Args:
         exchange: gathers every rank's value, in the order of ranks.
         again: encode what the cache holds too.
+        fits: told of the buckets before anything is encoded; raises where one cannot train.
 
     Raises:
         DiffpipeError: on every rank alike: with ``on_error: fail``, one that lists all faults; when no sample is
@@ -101,6 +103,8 @@ def prepare_data(
     memory = Remembered(folder / "files.json")
     found = look(config, model, folders, memory, rank, world, exchange, progress)
     entries, misplaced = place(found.clips, config, model, folders)
+    if entries:
+        _agree(exchange, lambda: fits({e.bucket for e in entries}))
     cache = Cache(folder)
     tasks = tasks_of(entries, model)
     wanted = list(tasks)

@@ -23,6 +23,7 @@ from diffpipe.data.workers import told_of_death
 from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.run import check_formats, export_weights
+from diffpipe.forecast import Comparison, Forecast, open_forecast
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
@@ -66,11 +67,16 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model.weights()
         check_formats(config, model)
         check_optimizer(config.optimizer, apart=config.adapter is None and bool(config.memory.swap))
-        samples, held_out = open_data(config, model, mesh, sinks)
+        forecast = open_forecast(config, model, mesh)
+        samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
+        if forecast is not None:
+            config = forecast.config
+            for line in forecast.lines():
+                sinks.note(line)
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline).train()
+        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast).train()
     except DiffpipeError as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
@@ -127,8 +133,14 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
     return sinks
 
 
-def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, again: bool = False) -> tuple[Samples, dict[str, Samples]]:
-    """The training samples and the held-out ones by name, encoded first where the cache lacks them."""
+def open_data(
+    config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, again: bool = False, forecast: Forecast | None = None
+) -> tuple[Samples, dict[str, Samples]]:
+    """The training samples and the held-out ones by name, encoded first where the cache lacks them.
+
+    Args:
+        forecast: settled by the buckets that train, before anything is encoded.
+    """
     opened: list[Samples] = []
     for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
         samples, report = prepare_data(
@@ -141,6 +153,7 @@ def open_data(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, a
             device=mesh.device,
             progress=sinks.progress,
             again=again,
+            **({"fits": forecast.settle} if forecast is not None and name == "train" else {}),
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")
@@ -161,6 +174,7 @@ class Trainer:
         samples: Samples,
         held_out: dict[str, Samples],
         pipeline: Pipeline,
+        forecast: Forecast | None,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out = held_out
@@ -190,6 +204,8 @@ class Trainer:
             pinned=mesh.device.type == "cuda",
         )
         self.feed = Feed(loader, mesh.device)
+        self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
+        self.device_peak = 0
         self.step = 0
         self.saved_at = time.monotonic()
         if run.resumed is not None:
@@ -225,6 +241,8 @@ class Trainer:
         """Wait for a batch, run it, move the weights."""
         self.pipeline.stage.clock.take()
         begin = time.perf_counter()
+        if self.mesh.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.mesh.device)
         batch = next(self.feed)
         read = time.perf_counter()
         if self.step + 1 < self.total:
@@ -267,8 +285,12 @@ class Trainer:
     def _record(
         self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float
     ) -> StepRecord:
-        device = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
-        device_peak, host_peak, compiled = self.mesh.largest(device, psutil.Process().memory_info().rss, graphs())
+        held = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
+        self.device_peak = max(self.device_peak, held)
+        if self.comparison is not None and self.comparison.due(batch.bucket):
+            lines = self.mesh.exchange(self.comparison.line(batch.bucket, held))
+            self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
+        device_peak, host_peak, compiled = self.mesh.largest(self.device_peak, psutil.Process().memory_info().rss, graphs())
         return StepRecord(
             step=self.step,
             steps_total=self.total,

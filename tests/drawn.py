@@ -90,6 +90,9 @@ class Pool(DiffusionModel):
         rows = [torch.tensor([float(ord(c)) for c in caption[:16].ljust(16)]) for caption in captions]
         return {"text": torch.stack(rows) * encoders}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        return {"text": torch.zeros(16)}
+
     def identity(self, part: str) -> str:
         return f"pool {part} 1"
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from diffpipe.checkpoint import list_checkpoints, read_weights
 from diffpipe.config.schema import Config
+from diffpipe.encode import prepare_data
+from diffpipe.flow import Key
 from diffpipe.models import MODELS, make_model
 from diffpipe.models.adapters import attach, base_name, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
@@ -70,6 +72,17 @@ def test_two_stages_train_as_one_process_does(two_stages: Path, one_process: Any
     assert got.keys() == expected.keys()
     for name, weight in expected.items():
         torch.testing.assert_close(got[name], weight, rtol=1e-3, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_a_family_knows_the_shapes_of_what_it_caches(one_process: Any, family: str) -> None:
+    config, _ = one_process(family, "lora")
+    model = make_model(config.model, config.objective)
+    samples, report = prepare_data(config, model, config.data.folders, device=torch.device("cpu"))
+    assert report.encoded == 0
+    for number, bucket in enumerate(samples.buckets):
+        row, blank = samples.read(number, Key(0, 0, number, 0)), model.blank(bucket.frames, bucket.height, bucket.width)
+        assert {n: (t.shape, t.dtype) for n, t in blank.items()} == {n: (t.shape, t.dtype) for n, t in row.items()}
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)

@@ -10,15 +10,20 @@ import torch
 import yaml
 from torch import nn
 
+from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import DiffpipeError
-from diffpipe.models import MODELS
+from diffpipe.models import MODELS, make_model
+from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.quantize import has_products
+from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.pipeline.rehearsal import Rehearsal
 from diffpipe.train import train
 from tests.conftest import World
 from tests.pipeline.test_memory import POLICIES, steps_of
 from tests.pipeline.test_memory import config_of as config_with
 from tests.pipeline.test_quantize import KINDS, layer_of, passed, plain_layer
+from tests.pipeline.test_rehearsal import CARD, batch_of, bucket_of
 from tests.runs_program import config_of, prepared
 from tests.test_train import losses
 
@@ -141,3 +146,38 @@ def test_a_step_that_does_not_fit_ends_with_what_would_make_it_fit(tmp_path: Pat
             train(large, resume=None, make_sinks=list)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [{"recompute": "none"}, {"recompute": "block"}, {"recompute": "selective"}, {"recompute": "none", "compile": True}],
+    ids=lambda m: "-".join(map(str, m.values())),
+)
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_a_step_on_the_gpu_holds_what_was_foreseen(toys: Callable[[str], Path], family: str, memory: dict[str, object]) -> None:
+    config = config_with(family, toys(family), {"rank": 4}, memory)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+    model = make_model(config.model, config.objective)
+    bucket = bucket_of(model, 48)
+    moment = Rehearsal(config, model, 0, CARD).estimate(bucket, config.memory).moment
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        for _ in range(2):
+            pipeline.train(batch_of(model, bucket))
+            pipeline.stage.part.model.zero_grad()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        pipeline.train(batch_of(model, bucket))
+        held = torch.cuda.max_memory_allocated() - before
+    assert moment.whole == pytest.approx(held, rel=0.1)
+
+
+def test_training_tells_what_it_held_beside_what_was_foreseen(tmp_path: Path) -> None:
+    run = train(prepared("flux", "lora", tmp_path, 1), resume=None, make_sinks=list)
+    assert "bucket 1x64x64: stage 0 held" in (run / "log.txt").read_text()
+
+
+def test_swap_auto_fills_what_is_free_on_the_card(tmp_path: Path) -> None:
+    config = prepared("flux", "lora", tmp_path, 1)
+    config = config.model_copy(update={"memory": MemoryConfig(swap="auto")})
+    assert "memory.swap: 0" in (train(config, resume=None, make_sinks=list) / "log.txt").read_text()

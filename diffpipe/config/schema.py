@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -335,7 +336,27 @@ class ExportConfig(Section):
     dtype: DType | None = Field(default=None, description="Type of exported weights; null keeps model.dtype.")
 
 
+def bytes_of(given: Any) -> Any:
+    """A number of bytes from text such as 12GiB, 12GB or 12000MiB."""
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", given)
+    if found is None:
+        raise ValueError(f"{given!r} is no amount of memory, such as 12GiB, 12GB or 12000MiB")
+    prefix = found[2] or ""
+    return int(float(found[1]) * (1024 if prefix.endswith("i") else 1000) ** " kMGT".index(prefix[0] if prefix else " "))
+
+
+# What is written is text with a unit, or a number of bytes.
+Bytes = Annotated[int, Field(ge=1), BeforeValidator(bytes_of, json_schema_input_type=int | str)]
+
+
 class MemoryConfig(Section):
+    budget: Bytes | None = Field(
+        default=None,
+        description="Most that each stage may hold on its device, such as 12GiB: of recompute, recompute_every, swap and offload those that"
+        " are not set are chosen to fit it at the least time. null leaves them as they are.",
+    )
     recompute: Literal["none", "block", "selective", "parts"] = Field(
         default="block",
         description="What of a block the backward pass computes again: `block` all but what goes in; `selective` keeps the results of"
@@ -343,11 +364,12 @@ class MemoryConfig(Section):
         " one at a time, the least at once (needs compile, and is best with offload); `none` keeps all.",
     )
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
-    swap: Annotated[int, Field(ge=0)] | Literal["all"] = Field(
+    swap: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = Field(
         default=0,
-        description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used. Weights that"
-        " train are stepped as soon as their block's backward pass is over, with their optimizer state in host memory too; that needs"
-        " optimizer.clip null, mesh.stages 1, and batch.accumulate 1 or memory.order layer.",
+        description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used; `auto` is as few as"
+        " fit budget, or without one what is free on the device at the start. Weights that train are stepped as soon as their block's"
+        " backward pass is over, with their optimizer state in host memory too; that needs optimizer.clip null, mesh.stages 1, and"
+        " batch.accumulate 1 or memory.order layer.",
     )
     room: float | None = Field(
         default=None, gt=0, description="MiB on the device that streamed weights share; null is what two blocks take, the least there is."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -388,6 +389,33 @@ class DiffusionModel(ABC):
         """One microbatch of cached tensors (stacked, first dim B, one key each) to the keyword inputs of the
         denoiser's ``forward`` and, per output, the target and an optional weight of the squared error.
         All on the CPU, all noise and timesteps from ``keys`` alone."""
+
+    # -- shapes, known before anything is encoded -------------------------------------------------------------------
+
+    def blank(self, frames: int, height: int, width: int) -> dict[str, Tensor]:
+        """The cached tensors of one sample of these dims in pixels, its caption as long as captions are kept; zeros."""
+        media = self.blank_media(frames, height, width)
+        if self.takes_controls:
+            media |= {f"control_{name}": tensor for name, tensor in media.items()}
+        return {**media, **self.blank_text(), "framing": torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)}
+
+    def blank_media(self, frames: int, height: int, width: int) -> dict[str, Tensor]:
+        """Zeros of the shapes that ``encode_media`` gives."""
+        vae, shape = self.blueprint["vae"].config, self.geometry
+        cells = (height // shape.spatial, width // shape.spatial)
+        latent_frames = ((frames - 1) // shape.temporal + 1,) if shape.fps else ()
+        return {"latents": torch.zeros(vae["z_dim"] if "z_dim" in vae else vae["latent_channels"], *latent_frames, *cells)}
+
+    @abstractmethod
+    def blank_text(self) -> dict[str, Tensor]:
+        """Zeros of the shapes that ``encode_text`` gives; masks are true, as of the longest caption."""
+
+    def text_length(self, most: int, tokenizer: str = "tokenizer") -> int:
+        """Tokens that captions are padded to: ``most``, or what the tokenizer's own config says."""
+        component = self.blueprint[tokenizer]
+        file = component.folder / "tokenizer_config.json" if component.folder else None
+        told = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else component.config
+        return int(min(most, told.get("model_max_length", most)))
 
     def align(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """The cached tensors of a step's samples, made stackable: a family whose captions differ in length pads here."""

@@ -53,6 +53,10 @@ class Chroma(DiffusionModel):
         )
         return {"text": text.cpu(), "attended": attended.bool().cpu()}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        length = self.text_length(512)
+        return {"text": torch.zeros(length, self.denoiser_config["joint_attention_dim"]), "attended": torch.ones(length, dtype=torch.bool)}
+
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["img_in.weight"]
         head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]

@@ -119,6 +119,9 @@ class Cosmos(DiffusionModel):
         )
         return {"text": text.cpu()}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        return {"text": torch.zeros(self.text_length(512), self.denoiser_config["text_embed_dim"])}
+
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         given = self.blueprint[self.component].config
         patch, head = given["patch_size"], int(given["attention_head_dim"])

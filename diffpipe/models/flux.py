@@ -53,6 +53,11 @@ class Flux(DiffusionModel):
         )
         return {"text": text.cpu(), "pooled": pooled.cpu()}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        widths = self.denoiser_config
+        text = torch.zeros(self.text_length(512, "tokenizer_2"), widths["joint_attention_dim"])
+        return {"text": text, "pooled": torch.zeros(widths["pooled_projection_dim"])}
+
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["img_in.weight"]
         head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]

@@ -89,6 +89,17 @@ class HunyuanVideo(DiffusionModel):
         text, pooled, mask = encoders.pipeline.encode_prompt(prompt=list(captions), device=encoders.device, max_sequence_length=length)
         return {"text": text.cpu(), "text_mask": mask.bool().cpu(), "pooled": pooled.cpu()}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+        before, widths = DEFAULT_PROMPT_TEMPLATE["crop_start"], self.denoiser_config
+        length = self.text_length(256 + before) - before
+        return {
+            "text": torch.zeros(length, widths["text_embed_dim"]),
+            "text_mask": torch.ones(length, dtype=torch.bool),
+            "pooled": torch.zeros(widths["pooled_projection_dim"]),
+        }
+
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels, *patch = shapes["img_in.proj.weight"]
         head = shapes["double_blocks.0.img_attn_q_norm.weight"][0]

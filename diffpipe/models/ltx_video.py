@@ -89,6 +89,10 @@ class LTXVideo(DiffusionModel):
         )
         return {"text": text.cpu(), "attended": attended.bool().cpu()}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        length = self.text_length(128)
+        return {"text": torch.zeros(length, self.denoiser_config["caption_channels"]), "attended": torch.ones(length, dtype=torch.bool)}
+
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["patchify_proj.weight"]
         heads = int(self.blueprint[self.component].config["num_attention_heads"])  # 32 in both sizes

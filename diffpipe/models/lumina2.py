@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffpipe.flow import Key, mix, noise, timesteps
@@ -53,6 +54,10 @@ class Lumina2(DiffusionModel):
             list(captions), do_classifier_free_guidance=False, device=encoders.device, max_sequence_length=length
         )
         return {"text": text.cpu(), "text_mask": mask.bool().cpu()}
+
+    def blank_text(self) -> dict[str, Tensor]:
+        length = self.text_length(256)
+        return {"text": torch.zeros(length, self.denoiser_config["cap_feat_dim"]), "text_mask": torch.ones(length, dtype=torch.bool)}
 
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, text = shapes["cap_embedder.1.weight"]

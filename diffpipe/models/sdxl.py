@@ -184,6 +184,14 @@ class SDXL(DiffusionModel):
         text = torch.cat([state, out.hidden_states[-2]], -1).cpu()
         return {"text": list(text.split(counts)), "pooled": [chunks[0] for chunks in out.text_embeds.cpu().split(counts)]}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        """One chunk, of a caption of up to 75 tokens."""
+        if self.config.train_text_encoders:
+            return {"tokens": torch.zeros(1, 2, 77, dtype=torch.int64)}
+        unet = self.denoiser_config
+        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        return {"text": torch.zeros(1, 77, unet["cross_attention_dim"]), "pooled": torch.zeros(pooled)}
+
     def align(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Captions of fewer chunks than the step's longest go on with empty ones."""
         name = "tokens" if self.config.train_text_encoders else "text"

@@ -81,6 +81,9 @@ class Wan(DiffusionModel):
         )
         return {"text": text.cpu()}
 
+    def blank_text(self) -> dict[str, Tensor]:
+        return {"text": torch.zeros(self.text_length(512), self.denoiser_config["text_dim"])}
+
     def file_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels = shapes["patch_embedding.weight"][:2]
         head = int(self.blueprint[self.component].config["attention_head_dim"])

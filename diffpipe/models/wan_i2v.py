@@ -50,6 +50,11 @@ class WanI2V(Wan):
             "image": tokens.to(getattr(torch, self.config.dtype)).cpu(),
         }
 
+    def blank_media(self, frames: int, height: int, width: int) -> dict[str, Tensor]:
+        media, clip = super().blank_media(frames, height, width), self.blueprint["image_encoder"].config
+        tokens = (clip["image_size"] // clip["patch_size"]) ** 2 + 1
+        return {**media, "condition": media["latents"], "image": torch.zeros(tokens, clip["hidden_size"])}
+
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         inputs, targets = super().prepare(batch, keys)
         condition = batch["condition"].float()

@@ -18,7 +18,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
 from diffpipe.pipeline.memory.layer import MemoryLayer
-from diffpipe.pipeline.memory.quantize import FrozenLinear, quantize
+from diffpipe.pipeline.memory.quantize import FrozenLinear, has_products, quantize
 from diffpipe.pipeline.memory.stream import Home
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -39,7 +39,7 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
         fakes.fill(twin)
     probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[mesh.stage], fakes)
-    quantize(part.model, part.units, config.memory, model, mesh.device)
+    quantize(part.model, part.units, config.memory, model, has_products(mesh.device), model.weights())
     memory = MemoryLayer(config.memory, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()

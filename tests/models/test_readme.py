@@ -18,7 +18,7 @@ from diffpipe.pipeline.stage import sum_errors
 from diffpipe.toy.tiny import make_image_vae, make_t5, make_t5_tokenizer, open_heads, pictures_for_scale
 from diffpipe.train import train
 from tests.conftest import ROOT
-from tests.families import CPU, microbatch, with_weights
+from tests.families import CPU, encoded, microbatch, with_weights
 from tests.pipeline.test_cut import run_parts
 
 
@@ -99,6 +99,8 @@ def test_its_lora_loads_in_diffusers(family: str, checkpoint: Path, tmp_path: Pa
 
 def test_its_cuts_are_the_whole_and_every_carried_module_is_needed(family: str, checkpoint: Path, tmp_path: Path) -> None:
     model = model_of(config_of(family, checkpoint, tmp_path))
+    cached, side = encoded(model, 2, 3), model.geometry.multiple
+    assert {n: t.shape for n, t in model.blank(1, 2 * side, 3 * side).items()} == {n: t.shape[1:] for n, t in cached.items()}
     inputs, targets = microbatch(model)
     whole = with_weights(model.load_denoiser().requires_grad_(True), model)
     output = whole(**inputs, return_dict=False)[0]

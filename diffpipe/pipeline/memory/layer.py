@@ -33,20 +33,10 @@ class MemoryLayer:
     def __init__(self, config: MemoryConfig, units: list[nn.Module], device: torch.device) -> None:
         self.config, self.units, self.device = config, units, device
         pinned = config.pin and device.type == "cuda"
-        self.homes = streamed(units, self._chosen(), pinned)
+        self.homes = streamed(units, chosen(len(units), config.swap), pinned)
         self.stream: Stream | None = None
         self.offload = Offload(device, int(config.offload_threshold * (1 << 20))) if config.offload else None
-        self.order = config.order or ("layer" if self.homes and self.offload else "microbatch")
-
-    def _chosen(self) -> list[int]:
-        """Numbers of the units whose weights stream: spread evenly, so that there is time to bring each."""
-        count, swap = len(self.units), self.config.swap
-        number = count if swap == "all" else int(swap)
-        if number > count:
-            raise ConfigError(
-                f"{number} units for a stage of {count}", where="memory.swap", expected=f"at most {count}, or all", fix="lower it"
-            )
-        return sorted({i * count // number for i in range(number)}) if number else []
+        self.order = order_of(config)
 
     def wrap(self) -> None:
         """Put the policies around the units' forwards; the weights are read."""
@@ -96,6 +86,28 @@ class MemoryLayer:
         """The step's work is queued."""
         if self.stream is not None:
             self.stream.end()
+
+
+def chosen(count: int, swap: int | str) -> list[int]:
+    """Numbers of the units of ``count`` whose weights stream: spread evenly, so that there is time to bring each.
+
+    Args:
+        swap: how many, or "all".
+
+    Raises:
+        ConfigError: when there are not so many.
+    """
+    number = count if swap == "all" else int(swap)
+    if number > count:
+        raise ConfigError(
+            f"{number} units for a stage of {count}", where="memory.swap", expected=f"at most {count}, or all", fix="lower it"
+        )
+    return sorted({i * count // number for i in range(number)}) if number else []
+
+
+def order_of(config: MemoryConfig) -> str:
+    """What ``memory.order`` comes to, where one stage holds the whole model."""
+    return config.order or ("layer" if config.swap and config.offload else "microbatch")
 
 
 def _packers(stream: Stream | None, offload: Offload | None) -> list[Packer]:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 ATTENTION = (
@@ -33,9 +34,16 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        # By position: what goes in by keyword is not saved as autograd saves tensors, and so would not be offloaded.
+        leaves, tree = tree_flatten((args, kwargs))
+
+        def again(*given: Any) -> Any:
+            args, kwargs = tree_unflatten(list(given), tree)
+            return forward(*args, **kwargs)
+
         if contexts is None:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            return checkpoint(again, *leaves, use_reentrant=False)
+        return checkpoint(again, *leaves, use_reentrant=False, context_fn=contexts)
 
     return recomputed
 

@@ -53,7 +53,7 @@ def remedies(config: Config) -> Iterator[str]:
     if config.batch.micro > 1:
         yield f"batch.micro: 1 with batch.accumulate: {config.batch.micro * config.batch.accumulate}"
     if config.adapter is not None and memory.swap != "all":
-        yield "memory.swap: all"
+        yield "memory.swap: auto or all"
     if not memory.offload:
         yield "memory.offload: true"
     yield "more mesh.stages"

@@ -1,0 +1,122 @@
+"""What a run is expected to hold on its devices: chosen to fit before anything is loaded, compared with what it holds later."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+
+import psutil
+import torch
+
+from diffpipe.config.schema import Config, MemoryConfig
+from diffpipe.data.buckets import Bucket
+from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.memory.cards import Card, find_card
+from diffpipe.pipeline.memory.estimate import Estimate, amount
+from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least
+from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.rehearsal import Rehearsal, largest
+
+ERROR = 0.1  # part by which a prediction may be off: what is not chosen is refused only beyond it
+MARGIN = 0.05  # part of the free memory that is left when settings are chosen to fill it
+SETTLED = 3  # the step of a bucket whose peak is told: optimizer state is there by then, and blocks are compiled
+
+
+class Forecast:
+    """What one stage of a run will hold and take.
+
+    Args:
+        free: bytes that are free on the device; None where nothing limits the stage but ``memory.budget``.
+
+    Attributes:
+        config: the run's, with its memory section settled by ``settle``.
+        reasons: by key of that section, why it is as it is, where it was chosen.
+    """
+
+    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card, free: int | None) -> None:
+        self.config, self.stage, self.free = config, stage, free
+        self.rehearsal = Rehearsal(config, model, stage, card)
+        self.reasons: dict[str, str] = {}
+
+    @property
+    def limit(self) -> tuple[int, str] | None:
+        """Bytes that a step may hold, and whose limit that is."""
+        memory = self.config.memory
+        if memory.budget is not None:
+            return memory.budget, "memory.budget"
+        if self.free is None:
+            return None
+        if is_open(memory):
+            return int(self.free * (1 - MARGIN)), f"what is free on the device less {MARGIN:.0%}"
+        return self.free, "what is free on the device"
+
+    def settle(self, buckets: Iterable[Bucket]) -> None:
+        """Choose what the memory section leaves open, for the bucket that takes most.
+
+        Raises:
+            DiffpipeError: when that bucket cannot fit.
+        """
+        if self.limit is None:
+            return
+        limit, whose = self.limit
+        dearest = largest([dims(b) for b in buckets])
+        where, judge = f"bucket {Bucket(*dearest)} on stage {self.stage}", self._judge(dearest)
+        if not is_open(self.config.memory):
+            estimate = judge(self.config.memory)
+            if estimate.peak * (1 - ERROR) > limit:
+                raise does_not_fit(where, estimate, limit, whose, self.config)
+            return
+        units = len(self.rehearsal.units)
+        choice = choose(self.config.memory, units, limit, judge)
+        if choice is None:
+            tried = self.config.model_copy(update={"memory": exhausted(self.config.memory)})
+            raise does_not_fit(where, least(self.config.memory, units, judge), limit, whose, tried)
+        self.reasons = choice.reasons
+        self.config = self.config.model_copy(update={"memory": choice.memory})
+
+    def of(self, bucket: Bucket) -> Estimate:
+        """The estimate of a bucket's steps."""
+        return self.rehearsal.estimate(dims(bucket), self.config.memory)
+
+    def lines(self) -> Iterator[str]:
+        """What was chosen and why, for a person."""
+        for key, reason in self.reasons.items():
+            yield f"memory.{key}: {str(getattr(self.config.memory, key)).lower()} ({reason})"
+
+    def _judge(self, bucket: tuple[int, int, int]) -> Callable[[MemoryConfig], Estimate]:
+        return lambda memory: self.rehearsal.estimate(bucket, memory)
+
+
+def open_forecast(config: Config, model: DiffusionModel, mesh: Mesh) -> Forecast | None:
+    """The forecast of this rank's stage; None on a CPU whose memory section leaves nothing open, where there is no limit to keep."""
+    device = mesh.device
+    if device.type != "cuda" and not is_open(config.memory):
+        return None
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return Forecast(config, model, mesh.stage, find_card(None, device), int(free))
+
+
+class Comparison:
+    """What steps held beside what was predicted."""
+
+    def __init__(self, forecast: Forecast) -> None:
+        self.forecast, self.steps = forecast, Counter[Bucket]()
+
+    def due(self, bucket: Bucket) -> bool:
+        """Count a step of a bucket; whether its first ones are done now."""
+        self.steps[bucket] += 1
+        return self.steps[bucket] == SETTLED
+
+    def line(self, bucket: Bucket, held: int) -> str:
+        """What to tell of a bucket.
+
+        Args:
+            held: the most that the step just done held.
+        """
+        predicted = self.forecast.of(bucket).peak
+        return f"stage {self.forecast.stage} held {amount(held)}, predicted were {amount(predicted)} ({predicted / held - 1:+.1%})"
+
+
+def dims(bucket: Bucket) -> tuple[int, int, int]:
+    """Frames, height and width."""
+    return bucket.frames, bucket.height, bucket.width

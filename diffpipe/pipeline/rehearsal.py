@@ -1,0 +1,224 @@
+"""A stage on fake tensors: what its steps hold and how long they take, found without a weight and without its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from diffpipe.config.schema import Config, MemoryConfig
+from diffpipe.flow import Key
+from diffpipe.models.adapters import is_adapter
+from diffpipe.models.base import DiffusionModel
+from diffpipe.optim.size import state_bytes
+from diffpipe.pipeline.build import outline, precision_of
+from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
+from diffpipe.pipeline.memory.arena import make_plan
+from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
+from diffpipe.pipeline.memory.cards import Card
+from diffpipe.pipeline.memory.compiled import Compiled
+from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
+from diffpipe.pipeline.memory.footprint import Footprint, measure
+from diffpipe.pipeline.memory.layer import chosen, order_of
+from diffpipe.pipeline.memory.ledger import rounded
+from diffpipe.pipeline.memory.quantize import quantize
+from diffpipe.pipeline.memory.stream import Stream, streamed
+from diffpipe.pipeline.memory.timeline import Recorder, Timeline, Visit
+from diffpipe.pipeline.stage import sum_errors
+
+CPU = torch.device("cpu")
+PAGEABLE = 0.5  # rate of copies from memory that is not page-locked, in parts of that from memory that is
+Dims = tuple[int, int, int]  # of a bucket: frames, height, width
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where a stage's weights lie.
+
+    Attributes:
+        resident: bytes of frozen ones on the device for good.
+        trained: of those that train.
+        optimizer: of its state on the device: that of streamed units only while it is used, and that of the unit before still leaves.
+        arena: bytes that streamed ones share.
+        homes: bytes of the streamed ones, and of their optimizer state, in host memory.
+        moved: bytes copied to the device for one microbatch, when steps follow each other.
+        stepped: bytes of streamed weights that train, and of their state: what goes to the host in a step.
+        states: of the latter.
+    """
+
+    resident: int
+    trained: int
+    optimizer: int
+    arena: int = 0
+    homes: int = 0
+    moved: int = 0
+    stepped: int = 0
+    states: int = 0
+
+
+class Rehearsal:
+    """One stage of a config, rehearsed for a card.
+
+    What depends on a bucket and a policy alone is found once, so that many settings of the memory section can be compared.
+
+    Args:
+        stage: its number.
+    """
+
+    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card) -> None:
+        self.config, self.model, self.stage, self.card = config, model, stage, card
+        whole, spans = outline(config, model)
+        self.fakes = Fakes(CPU)
+        self.precision = precision_of(config, CPU)
+        twins = [Part(duplicate(whole), model.spec, *span, self.fakes) for span in spans[:-1][: stage + 1]]
+        for twin in twins:
+            self.fakes.fill(twin)
+        self.probe = Probe(twins, self.fakes, self.precision, model.spec.lengths)
+        self.part = Part(whole, model.spec, *spans[stage], self.fakes)
+        self.units = [self.part.model.get_submodule(unit) for unit in self.part.units]
+        quantize(self.part.model, self.part.units, config.memory, model, card.multiplies_fp8)
+        self.fakes.fill(self.part)
+        self.part.train()
+        # As they are, for the recorder puts others in their places.
+        self.plain = [duplicate(unit) for unit in self.units]
+        self.recorder = Recorder(self.units, self.fakes, self.precision)
+        self.timelines: dict[Dims, Timeline] = {}
+        self.footprints: dict[Any, Footprint] = {}
+        self.compiled: dict[Any, Compiled] = {}
+        self.residencies: dict[Any, Residency] = {}
+        self.peaks: dict[Any, Peak] = {}
+        trained = [p for p in self.part.parameters() if p.requires_grad]
+        self.trained, self.state = sum(rounded(p.nbytes) for p in trained), state_bytes(config.optimizer, trained)
+
+    def estimate(self, bucket: Dims, memory: MemoryConfig) -> Estimate:
+        """What a step of a bucket holds and takes under a memory section whose ``swap`` is a number or "all"."""
+        peak, held = self._peak(bucket, memory), self._residency(bucket, memory)
+        count = self.config.batch.accumulate
+        visits = 1 if self._together(memory) else count  # of each streamed unit, forward and backward
+        link = self.card.link * (1 if memory.pin else PAGEABLE)
+        weights, activations = visits * held.moved / 2 / link, count * peak.moved / self.card.link
+        ahead = max(count * self.card.seconds(peak.ahead), weights, activations)
+        back = max(count * self.card.seconds(peak.back), weights + activations + held.states / link, held.stepped / link)
+        return Estimate(
+            weights=held.resident,
+            trained=held.trained,
+            optimizer=held.optimizer,
+            arena=held.arena,
+            library=self.card.workspace,
+            moment=peak.moment,
+            homes=held.homes,
+            buffers=peak.held,
+            to_device=visits * held.moved + count * peak.moved + held.states,
+            to_host=count * peak.moved + held.stepped,
+            seconds=ahead + back,
+        )
+
+    def _together(self, memory: MemoryConfig) -> bool:
+        """Whether all microbatches pass a unit before any goes on."""
+        return self.config.mesh.stages == 1 and order_of(memory) == "layer"
+
+    def _in_flight(self, memory: MemoryConfig) -> int:
+        """Microbatches whose activations this stage holds at once."""
+        stages, count = self.config.mesh.stages, self.config.batch.accumulate
+        return count if count < stages or self._together(memory) else min(count, stages - self.stage)
+
+    def _peak(self, bucket: Dims, memory: MemoryConfig) -> Peak:
+        threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
+        together = self._together(memory)
+        released = frozenset(chosen(len(self.units), memory.swap)) if self.config.adapter is None else frozenset()
+        key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile, together, released)
+        if key not in self.peaks:
+            timeline = self.timeline(bucket)
+
+            def footprint(visit: Visit) -> Footprint:
+                policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
+                return self._footprint(timeline, visit, policy, threshold, memory.compile)
+
+            self.peaks[key] = find_peak(timeline, footprint, self._in_flight(memory), self.config.batch.accumulate, together, released)
+        return self.peaks[key]
+
+    def _footprint(self, timeline: Timeline, visit: Visit, policy: str, threshold: int | None, compiles: bool) -> Footprint:
+        key = (visit.kind, policy, threshold, compiles)
+        if key not in self.footprints:
+            unit, call = self.plain[timeline.calls[visit.kind][0]], timeline.calls[visit.kind][1]
+            if compiles:
+                if visit.kind not in self.compiled:
+                    self.compiled[visit.kind] = Compiled(unit, call, self.fakes)
+                self.footprints[key] = self.compiled[visit.kind].footprint(policy, threshold)
+            else:
+                self.footprints[key] = measure(unit, call, self.fakes, policy, threshold)
+        return self.footprints[key]
+
+    def timeline(self, bucket: Dims) -> Timeline:
+        if bucket not in self.timelines:
+            self.timelines[bucket] = self._recorded(bucket)
+        return self.timelines[bucket]
+
+    def _recorded(self, bucket: Dims) -> Timeline:
+        count = self.config.batch.micro
+        row = self.model.blank(*bucket)
+        inputs, targets = self.model.prepare(
+            {n: t[None].expand(count, *t.shape) for n, t in row.items()}, [Key(0, 0, i, 0) for i in range(count)]
+        )
+        before = self.probe.borders(inputs)[self.stage - 1] if self.stage else None
+        fake = {n: self._fake(n, x) for n, x in inputs.items()}
+        wanted = tree_map(lambda x: self.fakes.tensor(x) if isinstance(x, Tensor) else x, targets)
+        payload = tuple(self.fakes.tensor(t) for t in before.tensors) if before else ()
+        given = [getattr(x, "twin", x) for x in tree_leaves((fake, wanted)) if isinstance(x, Tensor)]
+
+        def forward() -> list[Tensor]:
+            with self.precision():
+                sent, _ = as_on_cuda(self.part)(payload, before.layout if before else None, fake)
+            if not self.part.last:
+                return list(sent)
+            return [sum_errors(sent, wanted, self.config.objective.loss, self.config.objective.delta)]
+
+        return self.recorder.record([*self.part.parameters(), *self.part.buffers()], given, forward)
+
+    def _fake(self, name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        return self.fakes.known(torch.ones_like(x)) if name == self.model.spec.lengths else self.fakes.tensor(x)
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+
+    def _residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
+        key = (memory.swap, memory.room)
+        if key not in self.residencies:
+            self.residencies[key] = self._placed(self.timeline(bucket), memory)
+        return self.residencies[key]
+
+    def _placed(self, timeline: Timeline, memory: MemoryConfig) -> Residency:
+        numbers = chosen(len(self.units), memory.swap)
+        streams = {id(p) for n in numbers for name, p in self.units[n].named_parameters() if not is_adapter(name)}
+        frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
+        resident = sum(rounded(t.nbytes) for t in frozen if id(t) not in streams)
+        if not numbers:
+            return Residency(resident, self.trained, self.state)
+        with self.fakes.mode:
+            homes = streamed([duplicate(unit) for unit in self.units], numbers, False)
+            stream = Stream(homes, CPU, None if memory.room is None else int(memory.room * (1 << 20)))
+        visits = [e.unit for e in [*timeline.ahead, *timeline.back] if isinstance(e, Visit) and e.unit in homes]
+        first = make_plan(visits, stream.sizes, stream.arena.numel(), {})
+        steady = make_plan(visits, stream.sizes, stream.arena.numel(), first.resident)
+        stepped = sum(rounded(p.nbytes) for home in homes.values() for p in home.trained)
+        states = [state_bytes(self.config.optimizer, home.trained) for home in homes.values()]
+        return Residency(
+            resident,
+            self.trained - stepped,
+            self.state - sum(states) + sum(sorted(states)[-2:]),
+            rounded(stream.arena.numel()),
+            sum(h.flat.numel() for h in homes.values()) + sum(states),
+            steady.moved,
+            stepped + sum(states),
+            sum(states),
+        )
+
+
+def largest(buckets: Sequence[Dims]) -> Dims:
+    """The bucket that takes most memory: the one of most cells, which all that depends on a bucket rises with."""
+    return max(buckets, key=lambda b: (b[0] * b[1] * b[2], b))

@@ -1,0 +1,206 @@
+"""A stage rehearsed on fake tensors holds what a real one holds: against counts of a real run, and against torch's own allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_unflatten
+
+from diffpipe.config.schema import Config, OptimizerConfig
+from diffpipe.flow import Key
+from diffpipe.models import MODELS, make_model
+from diffpipe.models.base import DiffusionModel
+from diffpipe.optim import make_optimizer, set_rates
+from diffpipe.optim.size import state_bytes
+from diffpipe.pipeline.build import build
+from diffpipe.pipeline.cut import duplicate
+from diffpipe.pipeline.memory.cards import CARDS, Card
+from diffpipe.pipeline.memory.compiled import Compiled
+from diffpipe.pipeline.memory.footprint import Call
+from diffpipe.pipeline.memory.ledger import rounded
+from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.pipeline.rehearsal import Dims, Rehearsal
+from diffpipe.pipeline.schedule import Microbatches, Pipeline
+from tests.families import frames_of
+from tests.pipeline.test_memory import config_of
+
+Toys = Callable[[str], Path]
+CARD: Card = next(c for c in CARDS if c.name == "H100")
+
+
+def bucket_of(model: DiffusionModel, side: int = 12) -> Dims:
+    """Large enough for activations to outweigh what is small."""
+    return frames_of(model), side * model.geometry.multiple, side * model.geometry.multiple
+
+
+def batch_of(model: DiffusionModel, bucket: Dims, count: int = 1) -> Microbatches:
+    row = {n: torch.randn(1, *t.shape) if t.is_floating_point() else t[None] for n, t in model.blank(*bucket).items()}
+    return [model.prepare(row, [Key(0, 0, i, 0)]) for i in range(count)]
+
+
+def allocated(pipeline: Pipeline, batch: Microbatches) -> int:
+    """The most that a step allocates, as torch's CPU allocator reports it to the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        pipeline.train(batch)
+    events: Any = profile.profiler
+    live = peak = 0
+    for event in sorted((e for e in events.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(("family", "recompute"), [*((f, "none") for f in sorted(MODELS)), ("flux", "block"), ("wan", "selective")])
+def test_a_step_holds_what_was_foreseen(toys: Toys, family: str, recompute: str) -> None:
+    config = config_of(family, toys(family), {"rank": 4}, {"recompute": recompute})
+    model = make_model(config.model, config.objective)
+    bucket = bucket_of(model)
+    moment = Rehearsal(config, model, 0, CARD).estimate(bucket, config.memory).moment
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        pipeline.train(batch_of(model, bucket))
+        pipeline.stage.part.model.zero_grad()
+        held = allocated(pipeline, batch_of(model, bucket))
+    assert moment.whole - moment.inputs == pytest.approx(held, rel=0.05)
+
+
+def test_several_microbatches_and_full_training_hold_what_was_foreseen(toys: Toys) -> None:
+    config = config_of("flux", toys("flux"), None, {"recompute": "selective"}, batch={"accumulate": 3})
+    model = make_model(config.model, config.objective)
+    bucket = bucket_of(model)
+    moment = Rehearsal(config, model, 0, CARD).estimate(bucket, config.memory).moment
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        held = allocated(pipeline, batch_of(model, bucket, 3))
+    assert moment.whole - moment.inputs == pytest.approx(held, rel=0.05)
+
+
+def bytes_of(tensors: Any) -> int:
+    return sum(rounded(t.nbytes) for t in tensors)
+
+
+@pytest.mark.parametrize(("family", "memory"), [("flux", {"swap": "all"}), ("sdxl", {"swap": 3})])
+def test_what_stays_is_counted_to_the_byte(toys: Toys, family: str, memory: dict[str, Any]) -> None:
+    config = config_of(family, toys(family), {"rank": 4}, memory)
+    model = make_model(config.model, config.objective)
+    bucket = bucket_of(model, 4)
+    foreseen = Rehearsal(config, model, 0, CARD).estimate(bucket, config.memory)
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        part, stream = pipeline.stage.part, pipeline.memory.stream
+        at_home = {id(s.owner._parameters[s.leaf]) for home in stream.homes.values() for s in home.slices} if stream else set()
+        trained = [p for p in part.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config.optimizer, part.model.named_parameters())
+        set_rates(optimizer, 1.0)
+        for _ in range(3):
+            before = stream.moved if stream else 0
+            pipeline.train(batch_of(model, bucket))
+            optimizer.step()
+        assert foreseen.weights == bytes_of(
+            t for t in [*part.parameters(), *part.buffers()] if not t.requires_grad and id(t) not in at_home
+        )
+        assert foreseen.trained == bytes_of(trained)
+        assert foreseen.moment.gradients <= bytes_of(p.grad for p in trained if p.grad is not None)
+        assert foreseen.optimizer == pytest.approx(state_of(optimizer), rel=0.02)
+        if stream is not None:
+            assert (foreseen.homes, foreseen.arena) == (sum(h.flat.numel() for h in stream.homes.values()), rounded(stream.arena.numel()))
+            assert foreseen.to_device == pytest.approx(stream.moved - before, rel=0.02)  # each home is rounded up to what aligns it
+
+
+def state_of(optimizer: Optimizer) -> int:
+    return sum(t.nbytes for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adafactor", "lion"])
+def test_optimizer_state_is_foreseen(kind: str) -> None:
+    config, weights = OptimizerConfig(kind=kind), [nn.Parameter(torch.zeros(s)) for s in ((300, 200), (512, 64), (900,))]
+    optimizer = make_optimizer(config, [(str(i), w) for i, w in enumerate(weights)])
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    whole = sum(w.nbytes for w in weights)
+    assert state_bytes(config, weights) == pytest.approx(state_of(optimizer), abs=0.02 * whole)
+
+
+def test_8_bit_state_takes_two_bytes_and_scales() -> None:
+    weights = [nn.Parameter(torch.empty(1024, 256, device="meta")), nn.Parameter(torch.empty(64, device="meta"))]
+    assert state_bytes(OptimizerConfig(kind="adamw8bit"), weights) == 2 * 1024 * 256 + 2 * 4 * 1024 + 8 * 64
+
+
+@pytest.mark.parametrize(("family", "policy"), [("flux", "block"), ("wan", "none")])
+def test_a_compiled_unit_keeps_what_was_foreseen(toys: Toys, family: str, policy: str) -> None:
+    config = config_of(family, toys(family), {"rank": 4}, {"recompute": policy, "compile": True})
+    model = make_model(config.model, config.objective)
+    rehearsal = Rehearsal(config, model, 0, CARD)
+    number, call = list(rehearsal.timeline(bucket_of(model)).calls.values())[-1]
+    unit = with_values(rehearsal.plain[number])
+    foreseen = Compiled(unit, call, rehearsal.fakes).footprint(policy, None)
+    kept, held = saved_by(unit, call, policy)
+    assert foreseen.kept == pytest.approx(kept, abs=1 << 14)  # the state of the random generator, which checkpoints keep
+    assert set(foreseen.held) == held
+
+
+def with_values(unit: nn.Module) -> nn.Module:
+    made = duplicate(unit)
+    for part in made.modules():
+        for name, p in part._parameters.items():
+            if p is not None:
+                part._parameters[name] = nn.Parameter(torch.randn(p.shape, dtype=p.dtype), requires_grad=p.requires_grad)
+    return made
+
+
+def saved_by(unit: nn.Module, call: Call, policy: str) -> tuple[int, set[int]]:
+    """Bytes of its own that a unit keeps which torch.compile cut in two, and which of its inputs."""
+    leaves = [torch.randn(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in call.leaves]
+    given = {x.untyped_storage().data_ptr(): i for i, x in enumerate(x for x in leaves if isinstance(x, Tensor))}
+    weights = {p.untyped_storage().data_ptr() for p in unit.parameters()}
+    args, kwargs = tree_unflatten(leaves, call.tree)
+    forward = unit.forward if policy == "none" else recompute(unit.forward, policy)
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False)
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = rounded(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        compiled(*args, **kwargs)
+    own = sum(count for place, count in seen.items() if place not in weights and place not in given)
+    return own, {given[place] for place in seen if place in given}
+
+
+def test_what_is_offloaded_is_held_by_the_host_instead(toys: Toys) -> None:
+    config = config_of("wan", toys("wan"), {"rank": 4}, {"recompute": "block", "offload_threshold": 0.001})
+    model = make_model(config.model, config.objective)
+    rehearsal, bucket = Rehearsal(config, model, 0, CARD), bucket_of(model)
+    kept = rehearsal.estimate(bucket, config.memory)
+    memory = config.memory.model_copy(update={"offload": True})
+    moved = rehearsal.estimate(bucket, memory)
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config.model_copy(update={"memory": memory}), model, mesh)
+        pipeline.train(batch_of(model, bucket))
+        offload = pipeline.memory.offload
+        assert offload is not None
+        assert moved.to_host == pytest.approx(offload.moved, rel=0.01)
+    assert moved.peak < kept.peak and moved.moment.saved < kept.moment.saved
+    assert moved.buffers == moved.to_host
+
+
+def test_a_stage_is_rehearsed_with_what_crosses_its_borders(toys: Toys) -> None:
+    whole = config_of("wan", toys("wan"), {"rank": 4}, {})
+    model = make_model(whole.model, whole.objective)
+    bucket = bucket_of(model, 4)
+    cut: Config = whole.model_copy(update={"mesh": whole.mesh.model_copy(update={"stages": 2})})
+    one = Rehearsal(whole, model, 0, CARD).estimate(bucket, whole.memory)
+    halves = [Rehearsal(cut, model, i, CARD).estimate(bucket, cut.memory) for i in range(2)]
+    assert sum(h.weights for h in halves) == pytest.approx(one.weights, rel=0.05)
+    assert all(h.peak < one.peak for h in halves)

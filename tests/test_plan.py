@@ -1,0 +1,46 @@
+"""`diffpipe plan` tells what each stage and bucket of any family would hold and take, without data, weights or a GPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import Command
+
+Toys = Callable[[str], Path]
+
+
+def written(folder: Path, **sections: Any) -> Path:
+    raw = {"output_dir": str(folder), "run": {"steps": 3}, "adapter": {"rank": 4}, **sections}
+    file = folder / "plan.yaml"
+    file.write_text(json.dumps(raw))  # JSON is YAML
+    return file
+
+
+def test_a_config_is_planned_by_stage_and_bucket(command: Command, toys: Toys, tmp_path: Path) -> None:
+    config = written(
+        tmp_path,
+        mesh={"stages": 2},
+        batch={"accumulate": 2},
+        model={"family": "wan", "path": str(toys("wan")), "dtype": "bfloat16"},
+        data={"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[256, 256, 9], [128, 128, 17]]},
+        memory={"swap": 1, "offload": True, "offload_threshold": 0.001},
+    )
+    shown = command("plan", config, "--card", "RTX 3090").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    told = " ".join(shown.split())
+    assert told.count("9x256x256") == told.count("17x128x128") == 2
+    assert "2 processes: 2 stages x 1 replicas" in told and "a card like RTX 3090" in told
+    assert "all that the config allows" in told
+
+
+def test_the_released_size_is_planned_with_nothing_of_it_here(command: Command, tmp_path: Path) -> None:
+    data = {"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[1024, 1024]]}
+    config = written(tmp_path, model={"family": "lumina2"}, data=data)
+    keys = ("memory.budget=8GiB", "memory.offload=false", "memory.swap=8")
+    told = command("plan", config, *(f"--set={key}" for key in keys), "--card", "RTX 4090").stdout
+    assert "2.617 B parameters" in told
+    assert "memory.offload: false (set in the config)" in told and "memory.swap: 8 (set in the config)" in told
+    assert "too much" in told
