@@ -45,6 +45,10 @@ class CheckpointError(DiffpipeError):
     """Weights or a training state that are not what the config says."""
 
 
+class ShortageError(DiffpipeError):
+    """A device has no memory left."""
+
+
 def causes(fault: BaseException) -> Iterator[BaseException]:
     """The fault, what it was raised for, what that was raised for, and so on: libraries wrap what they meet."""
     cause: BaseException | None = fault

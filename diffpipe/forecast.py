@@ -13,7 +13,7 @@ from diffpipe.data.buckets import Bucket
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.cards import Card, find_card
 from diffpipe.pipeline.memory.estimate import Estimate, amount
-from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least
+from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least, lower
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.rehearsal import Rehearsal, largest
 
@@ -73,6 +73,13 @@ class Forecast:
             raise does_not_fit(where, least(self.config.memory, units, judge), limit, whose, tried)
         self.reasons = choice.reasons
         self.config = self.config.model_copy(update={"memory": choice.memory})
+
+    def lower(self, bucket: Bucket) -> MemoryConfig | None:
+        """Settle for less than what proved too much in steps of a bucket; None where nothing is left to lower."""
+        settings = lower(self.config.memory, len(self.rehearsal.units), self._judge(dims(bucket)))
+        if settings is not None:
+            self.config = self.config.model_copy(update={"memory": settings})
+        return settings
 
     def of(self, bucket: Bucket) -> Estimate:
         """The estimate of a bucket's steps."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from diffpipe import checkpoint
-from diffpipe.config.schema import Config
+from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
 from diffpipe.data.feed import Feed
@@ -21,7 +21,7 @@ from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.encode import cache_folder, prepare_data
-from diffpipe.errors import DiffpipeError
+from diffpipe.errors import DiffpipeError, ShortageError
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
@@ -177,7 +177,7 @@ class Trainer:
         forecast: Forecast | None,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
-        self.held_out = held_out
+        self.held_out, self.forecast = held_out, forecast
         self.module: nn.Module = pipeline.stage.part.model
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
         self.release = Release(self.optimizer, mesh.mean_over_replicas, mesh.device)
@@ -270,8 +270,27 @@ class Trainer:
         return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
 
     def _pass(self, batch: Batch) -> torch.Tensor:
-        with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
-            return self.pipeline.train(batch.microbatches)
+        """Both passes of a step; once more by settings that hold less, where memory runs out and the config says so."""
+        while True:
+            try:
+                with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
+                    return self.pipeline.train(batch.microbatches)
+            except ShortageError as fault:
+                settings = self._lower(batch)
+                if settings is None:
+                    raise
+                self.sinks.note(f"{fault.found}; repeated with memory {settings.model_dump(mode='json', exclude_defaults=True)}")
+            # The fault is gone, and with it what its frames held.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.pipeline.change_memory(settings)
+            torch.cuda.empty_cache()
+
+    def _lower(self, batch: Batch) -> MemoryConfig | None:
+        if self.forecast is None or self.config.memory.on_oom != "adapt":
+            return None
+        settings = self.forecast.lower(batch.bucket)
+        self.config = self.forecast.config
+        return settings
 
     def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""

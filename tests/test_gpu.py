@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import DiffpipeError
+from diffpipe.metrics import TextSink
 from diffpipe.models import MODELS, make_model
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import compiled
@@ -24,6 +28,7 @@ from tests.pipeline.test_memory import POLICIES, steps_of
 from tests.pipeline.test_memory import config_of as config_with
 from tests.pipeline.test_quantize import KINDS, layer_of, passed, plain_layer
 from tests.pipeline.test_rehearsal import CARD, batch_of, bucket_of
+from tests.pipeline.test_release import trained
 from tests.runs_program import config_of, prepared
 from tests.test_train import losses
 
@@ -146,6 +151,74 @@ def test_a_step_that_does_not_fit_ends_with_what_would_make_it_fit(tmp_path: Pat
             train(large, resume=None, make_sinks=list)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_a_run_that_may_adapt_repeats_a_step_that_does_not_fit(tmp_path: Path) -> None:
+    config = prepared("flux", "lora", tmp_path, 1)
+    folders = [f.model_copy(update={"resolutions": [1024]}) for f in config.data.folders]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"folders": folders})})
+
+    def run(memory: dict[str, str]) -> tuple[list[float], str, int]:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        lines: list[str] = []
+        given = config.model_copy(update={"memory": MemoryConfig.model_validate(memory), "output_dir": tmp_path / str(len(memory))})
+        train(given, resume=None, make_sinks=lambda: [TextSink(lines.append)])
+        return losses("\n".join(lines)), "\n".join(lines), torch.cuda.max_memory_reserved()
+
+    _, _, least = run({"recompute": "block"})
+    expected, _, most = run({"recompute": "none"})
+    assert least < 0.7 * most
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((least + most) / 2 / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        got, told, _ = run({"recompute": "none", "on_oom": "adapt"})
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "repeated with memory" in told
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+class Delays(TorchDispatchMode):
+    """Lets a stream wait for a while, now and then, before and after what is queued on it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        likely = 0.5 if func is torch.ops.aten.copy_.default else 0.03
+        self.wait(likely)
+        out = func(*args, **(kwargs or {}))
+        self.wait(likely)
+        return out
+
+    def wait(self, likely: float) -> None:
+        if self.random.random() < likely:
+            torch.cuda._sleep(self.random.randrange(1_000_000))
+            self.count += 1
+
+
+@pytest.mark.parametrize("room", [None, 0.4])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("adapter", [{"rank": 4}, None], ids=["lora", "full"])
+def test_streams_that_lag_at_random_change_no_number(
+    toys: Callable[[str], Path], adapter: dict[str, int] | None, count: int, room: float | None
+) -> None:
+    memory: dict[str, Any] = {"swap": "all", "room": room, "offload": True, "offload_threshold": 0.001, "order": "layer"}
+
+    def run() -> Any:
+        if adapter is None:
+            return trained("wan", toys("wan"), memory, range(3), count=count)[:3]
+        return steps_of(config_with("wan", toys("wan"), adapter, memory), count=count)
+
+    expected = run()
+    delays = Delays(count)
+    with delays:
+        got = run()
+    assert delays.count > 100
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

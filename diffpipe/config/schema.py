@@ -357,6 +357,11 @@ class MemoryConfig(Section):
         description="Most that each stage may hold on its device, such as 12GiB: of recompute, recompute_every, swap and offload those that"
         " are not set are chosen to fit it at the least time. null leaves them as they are.",
     )
+    on_oom: Literal["stop", "adapt"] = Field(
+        default="stop",
+        description="What a step that runs out of device memory does: `stop` ends the run and says what would make it fit; `adapt`"
+        " recomputes, streams or offloads more, whatever these keys say, and repeats the step with the same noise (needs mesh.stages 1).",
+    )
     recompute: Literal["none", "block", "selective", "parts"] = Field(
         default="block",
         description="What of a block the backward pass computes again: `block` all but what goes in; `selective` keeps the results of"
@@ -445,6 +450,12 @@ class Config(Section):
             raise ValueError(f"{what}mesh.stages must be 1, found {self.mesh.stages}")
         if self.batch.accumulate > 1 and self.memory.order != "layer":
             raise ValueError(f"{what}batch.accumulate {self.batch.accumulate} needs memory.order: layer")
+        return self
+
+    @model_validator(mode="after")
+    def _adapting_fits(self) -> Config:
+        if self.memory.on_oom == "adapt" and (self.mesh.stages > 1 or self.adapter is None):
+            raise ValueError("memory.on_oom is adapt, which needs mesh.stages 1 and an adapter section; set it to stop")
         return self
 
     @model_validator(mode="after")

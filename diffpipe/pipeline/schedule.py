@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.utils._pytree import tree_map
 
+from diffpipe.config.schema import MemoryConfig
 from diffpipe.models.base import Targets
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Border, Probe
@@ -32,10 +33,19 @@ class Pipeline:
 
     def __init__(self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer, attention: Attention) -> None:
         self.stage, self.mesh, self.probe, self.memory, self.attention = stage, mesh, probe, memory, attention
+        self._set_order()
+
+    def change_memory(self, config: MemoryConfig) -> None:
+        """Go on by another memory section, after a step that did not end."""
+        self.stage.inputs = StepInputs()
+        self.memory.change(config)
+        self._set_order()
+
+    def _set_order(self) -> None:
         self.lockstep: Lockstep | None = None
-        if memory.order == "layer" and mesh.stages == 1:
+        if self.memory.order == "layer" and self.mesh.stages == 1:
             self.lockstep = Lockstep()
-            for unit in memory.units:
+            for unit in self.memory.units:
                 unit.forward = self.lockstep.stopping(unit.forward)
 
     def train(self, microbatches: Microbatches) -> Tensor:

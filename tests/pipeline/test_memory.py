@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffpipe.config.schema import Config
+from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.errors import ConfigError
 from diffpipe.models import MODELS, make_model
 from diffpipe.pipeline.build import build
@@ -142,6 +142,28 @@ def test_what_a_layer_order_of_three_adds_up_is_that_of_any_other_order(toys: To
         assert loss == want and evaluated == held
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_run_goes_on_by_other_settings_with_the_same_numbers(toys: Toys, plain: Callable[[str], list]) -> None:
+    config = config_of("flux", toys("flux"), {"rank": 4}, {"swap": 3})
+    model = make_model(config.model, config.objective)
+    results = []
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        part = pipeline.stage.part.model
+        with torch.no_grad():
+            for name, p in part.named_parameters():
+                if p.requires_grad:
+                    p.copy_(drawn(name, p.shape))
+        for i, memory in enumerate(({"swap": 3}, {"swap": "all", "offload": True, "offload_threshold": 0.001}, {"recompute": "none"})):
+            if i:
+                pipeline.change_memory(MemoryConfig.model_validate(memory))
+            batch = [microbatch(model, seed=10 * i + j, count=1, frames=frames_of(model)) for j in range(2)]
+            loss = pipeline.train(batch).item()
+            gradients = {n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None}
+            part.zero_grad()
+            results.append((loss, gradients, pipeline.evaluate(batch[:1]).item()))
+    same(results, plain("flux"))
 
 
 def test_more_blocks_than_there_are_is_an_error(toys: Toys) -> None:

@@ -17,7 +17,7 @@ from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer, saving
 from diffpipe.pipeline.memory.staging import Staging
-from diffpipe.pipeline.memory.stream import Stream, streamed, watch
+from diffpipe.pipeline.memory.stream import Home, Stream, streamed, watch
 
 
 class MemoryLayer:
@@ -32,11 +32,33 @@ class MemoryLayer:
 
     def __init__(self, config: MemoryConfig, units: list[nn.Module], device: torch.device) -> None:
         self.config, self.units, self.device = config, units, device
-        pinned = config.pin and device.type == "cuda"
-        self.homes = streamed(units, chosen(len(units), config.swap), pinned)
+        self.homes: dict[int, Home] = {}
         self.stream: Stream | None = None
-        self.offload = Offload(device, int(config.offload_threshold * (1 << 20))) if config.offload else None
-        self.order = order_of(config)
+        self.offload: Offload | None = None
+        self._choose()
+
+    def _choose(self) -> None:
+        config = self.config
+        numbers = chosen(len(self.units), config.swap)
+        self.homes |= streamed(self.units, [n for n in numbers if n not in self.homes], config.pin and self.device.type == "cuda")
+        self.homes = {n: self.homes[n] for n in numbers}
+        self.offload = Offload(self.device, int(config.offload_threshold * (1 << 20))) if config.offload else None
+
+    @property
+    def order(self) -> str:
+        return order_of(self.config)
+
+    def change(self, config: MemoryConfig) -> None:
+        """Go on by another section, with the weights as they are; nothing of a step may be left."""
+        for home in self.homes.values():
+            home.bind(home.views(home.flat))
+        before, self.config, self.stream = self.homes, config, None
+        for unit in self.units:
+            del unit.forward
+        self._choose()
+        for number in before.keys() - self.homes.keys():
+            before[number].bind([p.to(self.device) for p in before[number].parameters()])
+        self.wrap()
 
     def wrap(self) -> None:
         """Put the policies around the units' forwards; the weights are read."""

@@ -46,7 +46,7 @@ class Offload:
 
     Args:
         device: CUDA, or the CPU, where the same is done without streams.
-        threshold: bytes from which a tensor is moved.
+        threshold: bytes of memory from which what holds it is moved.
     """
 
     def __init__(self, device: torch.device, threshold: int) -> None:
@@ -73,7 +73,9 @@ class Offload:
         self.units.append(mine)
 
         def pack(tensor: Tensor) -> Kept | None:
-            if tensor.nbytes < self.threshold or tensor.device.type != self.device.type or not _dense(tensor) or _weight(tensor):
+            # By what it keeps alive: the smaller of two halves of one result would hold the memory of both.
+            held = tensor.untyped_storage().nbytes()
+            if held < self.threshold or tensor.device.type != self.device.type or not _dense(tensor) or _weight(tensor):
                 return None
             kept = self._away(tensor.detach(), number)
             mine.append(weakref.ref(kept))

@@ -11,6 +11,7 @@ from diffpipe.errors import DiffpipeError
 from diffpipe.pipeline.memory.estimate import Estimate, amount
 from diffpipe.pipeline.memory.shortage import remedies
 
+LOWER = 0.85  # part of what was held that is aimed at when it was too much
 EVERY = (1, 2, 3, 4)  # what recompute_every may be chosen to be
 Judge = Callable[[MemoryConfig], Estimate]
 
@@ -50,6 +51,14 @@ def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choic
         return None
     estimate, _, best = min(fitting, key=lambda f: (f[0].seconds, f[1]))
     return Choice(best, estimate, _reasons(memory, best, budget, judge))
+
+
+def lower(memory: MemoryConfig, units: int, judge: Judge) -> MemoryConfig | None:
+    """The fastest settings that hold clearly less than these, whatever of them was set; None where there are none."""
+    free = {"recompute", "recompute_every", "swap", "offload"}
+    asked = MemoryConfig.model_validate({k: getattr(memory, k) for k in memory.model_fields_set - free})
+    choice = choose(asked, units, int(judge(memory).peak * LOWER), judge)
+    return None if choice is None else choice.memory
 
 
 def least(memory: MemoryConfig, units: int, judge: Judge) -> Estimate:

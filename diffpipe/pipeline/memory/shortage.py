@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from diffpipe.config.schema import Config
-from diffpipe.errors import DiffpipeError, causes
+from diffpipe.errors import ShortageError, causes
 
 GIB = 1 << 30
 
@@ -17,6 +17,9 @@ GIB = 1 << 30
 @contextmanager
 def explained(doing: str, device: torch.device, fixes: Iterable[str]) -> Iterator[None]:
     """Turns a shortage of device memory into a fault that says what was asked for, what is held and what would make it fit.
+
+    Raises:
+        ShortageError: in its place.
 
     Args:
         doing: in what the memory may run out, such as the bucket of a step.
@@ -30,7 +33,7 @@ def explained(doing: str, device: torch.device, fixes: Iterable[str]) -> Iterato
             raise
         asked = re.search(r"Tried to allocate ([\d.]+ \w+)", str(shortage))
         found = f"the memory of {device} ran out in {doing}" + (f", which asked for {asked[1]}" if asked else "") + _held(device)
-        raise DiffpipeError(found, where="memory", fix="; or ".join(fixes)) from fault
+        raise ShortageError(found, where="memory", fix="; or ".join(fixes)) from fault
 
 
 def _held(device: torch.device) -> str:

@@ -40,7 +40,7 @@ class Home:
     """A unit's weights, but an adapter's, in one flat host buffer.
 
     Args:
-        unit: the module; its parameters, on meta, become views of the buffer.
+        unit: the module; its parameters become views of the buffer. Those on meta are read into it later.
         pinned: page-lock the buffer, so that a device copies from it while it computes.
 
     Attributes:
@@ -58,9 +58,13 @@ class Home:
                     begin += p.numel() * p.dtype.itemsize
         self.flat = torch.empty(begin, dtype=torch.uint8, pin_memory=pinned)
         for s in self.slices:
-            old = s.owner._parameters[s.leaf]
-            assert old is not None
-            s.owner._parameters[s.leaf] = nn.Parameter(s.of(self.flat), requires_grad=old.requires_grad)
+            parameter, view = s.owner._parameters[s.leaf], s.of(self.flat)
+            assert parameter is not None
+            if parameter.is_meta:
+                s.owner._parameters[s.leaf] = nn.Parameter(view, requires_grad=parameter.requires_grad)
+            else:
+                view.copy_(parameter.detach())
+                parameter.data = view
         self.trained = [p for p in self.parameters() if p.requires_grad]
 
     @property
