@@ -39,7 +39,7 @@ CASES = {
 }
 
 
-def run(name: str, steps: int, extra: dict, profile: bool) -> dict[str, float]:
+def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "cudnn") -> dict[str, float]:
     """One case in this process."""
     from diffpipe.optim import make_optimizer, set_rates
     from diffpipe.pipeline.build import build
@@ -52,7 +52,7 @@ def run(name: str, steps: int, extra: dict, profile: bool) -> dict[str, float]:
     config = Config.model_validate(
         {
             "run": {"steps": steps},
-            "model": {"family": family, "trainable_dtype": "bfloat16"},
+            "model": {"family": family, "trainable_dtype": "bfloat16", "attention": attention},
             "adapter": None if name.endswith("full") else {"rank": 32},
             "optimizer": {"kind": "adamw8bit-kahan", "clip": None},
             "batch": {"accumulate": count},
@@ -110,12 +110,13 @@ def main() -> None:
     options.add_argument("cases", nargs="*", default=list(CASES))
     options.add_argument("--steps", type=int, default=6)
     options.add_argument("--set", action="append", default=[], help="a key of the memory section, as JSON: room=2000")
+    options.add_argument("--attention", default="cudnn", choices=["sdpa", "cudnn"], help="kernels, as model.attention")
     options.add_argument("--profile", action="store_true", help="print where a step's time goes on the device")
     options.add_argument("--here", action="store_true", help="run in this process and print JSON")
     given = options.parse_args()
     extra = {k: json.loads(v) for k, _, v in (s.partition("=") for s in given.set)}
     if given.here:
-        print(json.dumps(run(given.cases[0], given.steps, extra, given.profile)))
+        print(json.dumps(run(given.cases[0], given.steps, extra, given.profile, given.attention)))
         return
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.cases:
@@ -126,6 +127,7 @@ def main() -> None:
             name,
             "--here",
             f"--steps={given.steps}",
+            f"--attention={given.attention}",
             *(f"--set={s}" for s in given.set),
         ]
         arguments += ["--profile"] if given.profile else []

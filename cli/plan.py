@@ -54,14 +54,13 @@ def table(stage: StagePlan):
 
     columns = {
         "peak": lambda e: _gib(e.peak),
-        "saved": lambda e: _gib(e.moment.saved),
-        "moving": lambda e: _gib(e.moment.flight),
+        "s/step": lambda e: f"{e.seconds:.3g}",
+        "activations": lambda e: _gib(e.moment.saved + e.moment.flight),
         "gradients": lambda e: _gib(e.moment.gradients),
         "workspace": lambda e: _gib(e.parts["workspace"]),
         "on host": lambda e: _gib(e.buffers),
         "to device": lambda e: _gib(e.to_device),
         "to host": lambda e: _gib(e.to_host),
-        "s/step": lambda e: f"{e.seconds:.3g}",
     }
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("bucket", no_wrap=True)

@@ -211,7 +211,7 @@ class Trainer:
         if run.resumed is not None:
             state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh)
             self.step = state["step"]
-            if not state.get("cudnn_attention", True):
+            if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
                 sinks.note(note)
@@ -371,7 +371,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint."""
         self.pipeline.memory.settle()
-        state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_attention": self.pipeline.attention.cudnn}
+        state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_given_up": self.pipeline.attention.retreated}
         path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
         self.saved_at = time.monotonic()
         self.sinks.note(f"checkpoint {path}")

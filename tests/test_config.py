@@ -73,6 +73,11 @@ def test_a_bad_override_is_a_clear_error(override: str) -> None:
         load_config(ROOT / "configs/quickstart.yaml", [override])
 
 
+@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "reference.yaml"), ids=lambda p: p.stem)
+def test_every_config_that_is_shipped_holds(path: Path) -> None:
+    load_config(path, [])
+
+
 def test_the_reference_and_the_schema_are_those_of_the_code() -> None:
     assert (ROOT / "configs/reference.yaml").read_text(encoding="utf-8") == reference_yaml()
     assert (ROOT / "configs/schema.json").read_text(encoding="utf-8") == json_schema()

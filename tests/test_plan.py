@@ -44,3 +44,14 @@ def test_the_released_size_is_planned_with_nothing_of_it_here(command: Command, 
     assert "2.617 B parameters" in told
     assert "memory.offload: false (set in the config)" in told and "memory.swap: 8 (set in the config)" in told
     assert "too much" in told
+
+
+def test_all_weights_of_a_large_model_are_planned_block_by_block(command: Command, tmp_path: Path) -> None:
+    data = {"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[1024, 1024]]}
+    model, optimizer = {"family": "flux", "trainable_dtype": "bfloat16"}, {"kind": "adamw8bit-kahan", "clip": None}
+    config = written(tmp_path, adapter=None, model=model, optimizer=optimizer, data=data, memory={"swap": "all", "compile": True})
+    told = command("plan", config, "--card", "RTX 4090").stdout
+    row = next(line.split() for line in told.splitlines() if line.startswith("1x1024x1024"))
+    assert "s/step" in told and len(row) == 9
+    # Weights alone are 22 GiB, their optimizer state 66; two blocks at a time are not a tenth of it.
+    assert float(row[1]) < 9
