@@ -30,7 +30,6 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import graphs
-from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -180,8 +179,7 @@ class Trainer:
         self.held_out, self.forecast = held_out, forecast
         self.module: nn.Module = pipeline.stage.part.model
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
-        self.release = Release(self.optimizer, mesh.mean_over_replicas, mesh.device)
-        pipeline.memory.release_with(self.release)
+        self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
             samples.buckets,

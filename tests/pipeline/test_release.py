@@ -17,7 +17,6 @@ from diffpipe.models import MODELS, make_model
 from diffpipe.optim import check_optimizer, make_optimizer, set_rates
 from diffpipe.optim.state import restore_state, state_of
 from diffpipe.pipeline.build import build
-from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.mesh import open_mesh
 from tests.families import frames_of, microbatch
 from tests.pipeline.test_memory import config_of
@@ -40,8 +39,7 @@ def trained(
         pipeline = build(config, model, mesh)
         part = pipeline.stage.part.model
         stepper = make_optimizer(config.optimizer, part.named_parameters())
-        release = Release(stepper, mesh.mean_over_replicas, mesh.device)
-        pipeline.memory.release_with(release)
+        release = pipeline.memory.release_with(stepper, mesh.mean_over_replicas)
         if before is not None:
             with torch.no_grad():
                 for name, p in part.named_parameters():
@@ -101,9 +99,7 @@ def test_no_gradient_outlives_its_block(toys: Toys) -> None:
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
         part = pipeline.stage.part.model
-        pipeline.memory.release_with(
-            Release(make_optimizer(config.optimizer, part.named_parameters()), mesh.mean_over_replicas, mesh.device)
-        )
+        pipeline.memory.release_with(make_optimizer(config.optimizer, part.named_parameters()), mesh.mean_over_replicas)
         pipeline.train([microbatch(model, seed=0, count=1, frames=frames_of(model))])
         held = [n for n, p in part.named_parameters() if p.grad is not None]
     assert held and not any(n.startswith("blocks.") for n in held)
