@@ -65,7 +65,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
-        check_optimizer(config.optimizer, apart=config.adapter is None and bool(config.memory.swap))
+        check_optimizer(config.optimizer, apart=config.steps_in_backward)
         forecast = open_forecast(config, model, mesh)
         samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
         if forecast is not None:
@@ -294,7 +294,7 @@ class Trainer:
         """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""
         gradients, counted = self.pipeline.gradients()
         self.mesh.mean_over_replicas(gradients)
-        return gradients, (self.mesh.gradient_norm(counted).square() + self.release.square()).sqrt()
+        return gradients, self.mesh.gradient_norm(counted, self.release.square())
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
