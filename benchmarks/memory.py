@@ -44,7 +44,6 @@ def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "cud
     from diffpipe.optim import make_optimizer, set_rates
     from diffpipe.pipeline.build import build
     from diffpipe.pipeline.memory.cards import find_card
-    from diffpipe.pipeline.memory.release import Release
     from diffpipe.pipeline.mesh import open_mesh
     from diffpipe.pipeline.rehearsal import Rehearsal
 
@@ -68,7 +67,7 @@ def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "cud
         pipeline = build(config, model, mesh)
         module = pipeline.stage.part.model
         optimizer = make_optimizer(config.optimizer, module.named_parameters())
-        pipeline.memory.release_with(Release(optimizer, mesh.mean_over_replicas, mesh.device))
+        pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         set_rates(optimizer, 1.0)
         print(f"  built in {time.perf_counter() - begun:.1f} s", flush=True)
         times, losses = [], []

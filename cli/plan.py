@@ -62,7 +62,7 @@ def table(stage: StagePlan):
         "to device": lambda e: _gib(e.to_device),
         "to host": lambda e: _gib(e.to_host),
     }
-    shown = Table(box=box.SIMPLE_HEAD, padding=0)
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     shown.add_column("bucket", no_wrap=True)
     for name in columns:
         shown.add_column(name, justify="right", min_width=max(map(len, name.split())))

@@ -66,11 +66,13 @@ class Forecast:
             if estimate.peak * (1 - ERROR) > limit:
                 raise does_not_fit(where, estimate, limit, whose, self.config)
             return
-        units = len(self.rehearsal.units)
-        choice = choose(self.config.memory, units, limit, judge)
+        units, asked = len(self.rehearsal.units), self.config.memory
+        if self.config.adapter is None and self.config.optimizer.clip is not None:
+            asked = asked.model_copy(update={"swap": 0})  # what trains is stepped where it streams, before the norm is known
+        choice = choose(asked, units, limit, judge)
         if choice is None:
-            tried = self.config.model_copy(update={"memory": exhausted(self.config.memory)})
-            raise does_not_fit(where, least(self.config.memory, units, judge), limit, whose, tried)
+            tried = self.config.model_copy(update={"memory": exhausted(asked)})
+            raise does_not_fit(where, least(asked, units, judge), limit, whose, tried)
         self.reasons = choice.reasons
         self.config = self.config.model_copy(update={"memory": choice.memory})
 

@@ -74,7 +74,7 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
     if config.model.path is not None or config.model.files:
         model.weights()  # else the released model is planned for, wherever it lies
         check_formats(config, model)
-    check_optimizer(config.optimizer, apart=config.adapter is None and bool(config.memory.swap))
+    check_optimizer(config.optimizer, apart=config.steps_in_backward)
     chosen = find_card(card, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     buckets, scanned = buckets_of(config, model)
     units, sizes = expand(whole, model.spec.units), stage_bytes(whole, model.spec)

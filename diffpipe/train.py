@@ -30,7 +30,6 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import graphs
-from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -66,7 +65,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
-        check_optimizer(config.optimizer, apart=config.adapter is None and bool(config.memory.swap))
+        check_optimizer(config.optimizer, apart=config.steps_in_backward)
         forecast = open_forecast(config, model, mesh)
         samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
         if forecast is not None:
@@ -180,8 +179,7 @@ class Trainer:
         self.held_out, self.forecast = held_out, forecast
         self.module: nn.Module = pipeline.stage.part.model
         self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
-        self.release = Release(self.optimizer, mesh.mean_over_replicas, mesh.device)
-        pipeline.memory.release_with(self.release)
+        self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
             samples.buckets,
@@ -296,7 +294,7 @@ class Trainer:
         """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""
         gradients, counted = self.pipeline.gradients()
         self.mesh.mean_over_replicas(gradients)
-        return gradients, (self.mesh.gradient_norm(counted).square() + self.release.square()).sqrt()
+        return gradients, self.mesh.gradient_norm(counted, self.release.square())
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))

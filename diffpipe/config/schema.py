@@ -374,8 +374,8 @@ class MemoryConfig(Section):
         default=0,
         description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used; `auto` is as few as"
         " fit budget, or without one what is free on the device at the start. Weights that train are stepped as soon as their block's"
-        " backward pass is over, with their optimizer state in host memory too; that needs optimizer.clip null, mesh.stages 1, and"
-        " batch.accumulate 1 or memory.order layer.",
+        " last backward pass of a step is over, with their optimizer state in host memory too, and their gradients between microbatches"
+        " unless order is layer; that needs optimizer.clip null.",
     )
     room: float | None = Field(
         default=None, gt=0, description="MiB on the device that streamed weights share; null is what two blocks take, the least there is."
@@ -440,17 +440,18 @@ class Config(Section):
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="Memory against time.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What is recorded.")
 
+    @property
+    def steps_in_backward(self) -> bool:
+        """Whether weights that train stream, so that they are stepped in the backward pass."""
+        return self.adapter is None and bool(self.memory.swap)
+
     @model_validator(mode="after")
     def _streamed_training_fits(self) -> Config:
-        if self.adapter is not None or not self.memory.swap:
-            return self
-        what = "memory.swap streams weights that train (there is no adapter section), which are stepped in the backward pass: "
-        if self.optimizer.clip is not None:
-            raise ValueError(f"{what}optimizer.clip must be null, found {self.optimizer.clip}, since the norm is known only behind it")
-        if self.mesh.stages > 1:
-            raise ValueError(f"{what}mesh.stages must be 1, found {self.mesh.stages}")
-        if self.batch.accumulate > 1 and self.memory.order != "layer":
-            raise ValueError(f"{what}batch.accumulate {self.batch.accumulate} needs memory.order: layer")
+        if self.steps_in_backward and self.optimizer.clip is not None:
+            raise ValueError(
+                "memory.swap streams weights that train (there is no adapter section), which are stepped in the backward pass:"
+                f" optimizer.clip must be null, found {self.optimizer.clip}, since the norm is known only behind it"
+            )
         return self
 
     @model_validator(mode="after")

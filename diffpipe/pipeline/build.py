@@ -43,8 +43,9 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     memory = MemoryLayer(config.memory, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
-    # A step cannot be repeated once weights have moved in its backward pass.
-    attention = Attention("sdpa" if memory.trains else config.model.attention)
+    # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
+    moving = any(mesh.exchange(config.steps_in_backward))
+    attention = Attention("sdpa" if moving else config.model.attention)
     return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention)
 
 

@@ -97,10 +97,14 @@ class Mesh:
             raise box[0]
         return box[0]
 
-    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The L2 norm of all stages' gradients together, in float32."""
+    def gradient_norm(self, gradients: Sequence[Tensor], more: Tensor | float = 0.0) -> Tensor:
+        """The L2 norm of all stages' gradients together, in float32.
+
+        Args:
+            more: this stage's squared norm of those that are gone already.
+        """
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-        square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+        square = (torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)) + more
         if self.stages > 1:
             dist.all_reduce(square, group=self.stage_group)
         return square.sqrt()

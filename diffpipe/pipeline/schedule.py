@@ -87,7 +87,7 @@ class Pipeline:
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
-        self.memory.begin((torch.is_grad_enabled(), len(microbatches)))
+        self.memory.begin(len(microbatches))
         if self.lockstep is not None and len(microbatches) > 1:
             losses = self._together(len(microbatches))
         else:

@@ -1,4 +1,4 @@
-"""Trains a few steps of changing shapes on a mesh, and compares loss and gradients with the whole model's.
+"""Trains a few steps of changing shapes on a mesh: loss and gradients are the whole model's, and streaming changes no weight.
 
     torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS FOLDER [FAMILY ...]
 
@@ -15,6 +15,7 @@ import torch
 
 from diffpipe.config.schema import Config, MeshConfig
 from diffpipe.models import MODELS, make_model, model_class
+from diffpipe.optim import make_optimizer
 from diffpipe.pipeline.build import build, outline
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.stage import sum_errors
@@ -66,6 +67,47 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
         print(f"same: {family} {'lora' if adapter else 'full'}{' with text encoders' if encoders else ''}", flush=True)
 
 
+def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
+    """All weights stepped in the backward passes, and at the end of each step."""
+
+    def stepped(memory: dict[str, Any]) -> tuple[list[float], list[torch.Tensor], dict[str, torch.Tensor]]:
+        config = Config.model_validate(
+            {
+                "run": {"steps": 1},
+                "mesh": {"stages": mesh.stages, "replicate": mesh.replicas},
+                "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
+                "optimizer": {"clip": None},
+                "data": {"folders": [{"path": "unused"}]},
+                "memory": memory,
+            }
+        )
+        model = make_model(config.model, config.objective)
+        pipeline = build(config, model, mesh)
+        part = pipeline.stage.part.model
+        optimizer = make_optimizer(config.optimizer, part.named_parameters())
+        release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
+        losses, norms = [], []
+        for step in range(3):
+            batch = [microbatch(model, seed=100 * step + 10 * mesh.replica + i, count=1) for i in range(MICROBATCHES)]
+            losses.append(pipeline.train(batch).item())
+            own, counted = pipeline.gradients()
+            mesh.mean_over_replicas(own)
+            norms.append(mesh.gradient_norm(counted, release.square()))
+            optimizer.step()
+            optimizer.zero_grad()
+        pipeline.memory.settle()
+        return losses, norms, {n: p.detach().clone() for n, p in part.named_parameters()}
+
+    losses, norms, weights = stepped({"swap": "all"})
+    wanted, expected, held = stepped({})
+    assert losses == wanted
+    torch.testing.assert_close(norms, expected)
+    for name, weight in weights.items():
+        assert torch.equal(weight, held[name]), f"{family} {name}"
+    if mesh.reporter:
+        print(f"same: {family} streamed", flush=True)
+
+
 def main() -> None:
     stages, replicas = int(sys.argv[1]), int(sys.argv[2])
     # Before the processes meet: in a group, transformers saves on its first rank alone.
@@ -75,6 +117,7 @@ def main() -> None:
             encoders = "model.train_text_encoders" in model_class(family).options
             compare(family, None, opened, checkpoint, encoders)
             compare(family, {"rank": 4}, opened, checkpoint)
+            compare_streamed(family, opened, checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A mesh gives the whole model's loss and gradients, trained whole or through adapters, at changing shapes."""
+"""A mesh gives the whole model's loss and gradients, trained whole or through adapters, at changing shapes; and streams weights."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ def test_a_mesh_gives_the_whole_models_loss_and_gradients(
 def kinds_of(family: str) -> tuple[str, ...]:
     """The ways that a family is trained here."""
     encoders = "model.train_text_encoders" in model_class(family).options
-    return ("full with text encoders" if encoders else "full", "lora")
+    return ("full with text encoders" if encoders else "full", "lora", "streamed")

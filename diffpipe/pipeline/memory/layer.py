@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import ConfigError
 from diffpipe.pipeline.memory.compiling import compiled
+from diffpipe.pipeline.memory.ferry import Ferry
 from diffpipe.pipeline.memory.offload import Offload
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.release import Release
@@ -28,10 +30,13 @@ class MemoryLayer:
 
     Args:
         units: the stage's units, on meta.
+        streams: torch's module of the device's streams and events.
     """
 
-    def __init__(self, config: MemoryConfig, units: list[nn.Module], device: torch.device) -> None:
+    def __init__(self, config: MemoryConfig, units: list[nn.Module], device: torch.device, streams: Any = None) -> None:
         self.config, self.units, self.device = config, units, device
+        self.streams = streams or torch.get_device_module(device)
+        self.pinned = config.pin and device.type == "cuda"
         self.homes: dict[int, Home] = {}
         self.stream: Stream | None = None
         self.offload: Offload | None = None
@@ -40,9 +45,9 @@ class MemoryLayer:
     def _choose(self) -> None:
         config = self.config
         numbers = chosen(len(self.units), config.swap)
-        self.homes |= streamed(self.units, [n for n in numbers if n not in self.homes], config.pin and self.device.type == "cuda")
+        self.homes |= streamed(self.units, [n for n in numbers if n not in self.homes], self.pinned)
         self.homes = {n: self.homes[n] for n in numbers}
-        self.offload = Offload(self.device, int(config.offload_threshold * (1 << 20))) if config.offload else None
+        self.offload = Offload(self.device, int(config.offload_threshold * (1 << 20)), self.streams) if config.offload else None
 
     @property
     def order(self) -> str:
@@ -64,7 +69,8 @@ class MemoryLayer:
         """Put the policies around the units' forwards; the weights are read."""
         if self.homes:
             room = None if self.config.room is None else int(self.config.room * (1 << 20))
-            self.stream = Stream(self.homes, self.device, room, None if self.config.pin or self.device.type != "cuda" else Staging())
+            staging = Staging() if self.device.type == "cuda" and not self.pinned else None
+            self.stream = Stream(self.homes, self.device, room, staging, self.streams)
         for number, unit in enumerate(self.units):
             forward: Callable[..., Any] = unit.forward
             policy = self.config.recompute if number % self.config.recompute_every == 0 else "none"
@@ -84,10 +90,16 @@ class MemoryLayer:
         """Whether weights that train stream: they are stepped in the backward pass."""
         return any(home.trained for home in self.homes.values())
 
-    def release_with(self, release: Release) -> None:
-        """Step streamed weights by ``release``."""
+    def release_with(self, optimizer: Optimizer, average: Callable[[Sequence[Tensor]], None]) -> Release:
+        """Step streamed weights in the backward pass from now on.
+
+        Args:
+            average: replaces gradients by their mean over the replicas.
+        """
+        release = Release(optimizer, average, Ferry(self.device, self.pinned, self.streams))
         if self.stream is not None and self.trains:
             self.stream.release = release
+        return release
 
     def settle(self) -> None:
         """Have all trained weights and their optimizer state where parameters and optimizer say, between two steps."""
@@ -95,12 +107,13 @@ class MemoryLayer:
             self.stream.settle()
             self.stream.release.settle()
 
-    def begin(self, key: Any) -> None:
-        """A step begins; ``key`` is what decides the order in which units are used."""
+    def begin(self, microbatches: int) -> None:
+        """A step of training begins, or of evaluation where no gradients are asked for."""
         if self.stream is not None:
-            self.stream.begin(key)
-            if self.stream.release is not None:
-                self.stream.release.begin()
+            training = torch.is_grad_enabled()
+            self.stream.begin((training, microbatches))
+            if self.stream.release is not None and training:
+                self.stream.release.begin(microbatches)
         if self.offload is not None:
             self.offload.begin()
 

@@ -47,13 +47,13 @@ class Offload:
     Args:
         device: CUDA, or the CPU, where the same is done without streams.
         threshold: bytes of memory from which what holds it is moved.
+        streams: torch's module of the device's streams and events.
     """
 
-    def __init__(self, device: torch.device, threshold: int) -> None:
+    def __init__(self, device: torch.device, threshold: int, streams: Any = None) -> None:
         self.device, self.threshold = device, threshold
-        self.cuda = device.type == "cuda"
-        self.out: Any = torch.cuda.Stream(device) if self.cuda else None
-        self.back: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.streams = streams or torch.get_device_module(device)
+        self.out, self.back = self.streams.Stream(device), self.streams.Stream(device)
         self.pool: dict[int, list[tuple[Tensor, Any]]] = {}
         self.units: list[list[weakref.ref[Kept]]] = []  # what each unit's forward pass saved, in the order of the passes
         self.held = 0  # bytes of host memory
@@ -85,25 +85,21 @@ class Offload:
 
     def _away(self, tensor: Tensor, unit: int) -> Kept:
         host, free = self._take(tensor.nbytes)
-        kept = Kept(self, unit, tensor, host, torch.cuda.Event() if self.cuda else None)
-        target = kept.laid_out(host)
+        kept = Kept(self, unit, tensor, host, self.streams.Event())
         self.moved += tensor.nbytes
-        if self.cuda:
-            self.out.wait_stream(torch.cuda.current_stream(self.device))
-            if free is not None:
-                self.out.wait_event(free)
-            with torch.cuda.stream(self.out):
-                target.copy_(tensor, non_blocking=True)
-            kept.written.record(self.out)
-        else:
-            target.copy_(tensor)
+        self.out.wait_stream(self.streams.current_stream(self.device))
+        if free is not None:
+            self.out.wait_event(free)
+        with self.streams.stream(self.out):
+            kept.laid_out(host).copy_(tensor, non_blocking=True)
+        kept.written.record(self.out)
         weakref.finalize(kept, self._give_back, host)
         return kept
 
     def _let_go(self, kept: Kept) -> None:
         """Free an activation's memory on the device for what is computed once its copy is done."""
-        if kept.leaving is not None and self.cuda:
-            torch.cuda.current_stream(self.device).wait_event(kept.written)
+        if kept.leaving is not None:
+            self.streams.current_stream(self.device).wait_event(kept.written)
         kept.leaving = None
 
     def restore(self, kept: Kept) -> Tensor:
@@ -112,8 +108,7 @@ class Offload:
         assert kept.back is not None
         tensor, event = kept.back
         kept.back = None  # the caller's now; it must not stay longer than it is used
-        if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+        self.streams.current_stream(self.device).wait_event(event)
         if 0 < kept.unit <= len(self.units):
             for other in _alive(self.units[kept.unit - 1]):
                 self._fetch(other)
@@ -127,14 +122,11 @@ class Offload:
             # Of the last units, whose backward passes come first: still there.
             kept.back, kept.leaving = (kept.leaving, kept.written), None
             return
-        if not self.cuda:
-            kept.back = (kept.laid_out(kept.host.clone()), None)
-            return
         # Memory of the computation's own stream: free for the copy when all that is queued now is done, and again after its last use.
         flat = torch.empty(kept.bytes, dtype=torch.uint8, device=self.device)
-        self.back.wait_stream(torch.cuda.current_stream(self.device))
+        self.back.wait_stream(self.streams.current_stream(self.device))
         self.back.wait_event(kept.written)
-        with torch.cuda.stream(self.back):
+        with self.streams.stream(self.back):
             tensor = kept.laid_out(flat)
             tensor.copy_(kept.laid_out(kept.host), non_blocking=True)
         kept.back = (tensor, self._event(self.back))
@@ -146,14 +138,14 @@ class Offload:
         if free:
             return free.pop()
         self.held += size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda), None
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda"), None
 
     def _give_back(self, host: Tensor) -> None:
         """A buffer's activation is gone: it may be written once what was queued to read it has done so."""
-        self.pool.setdefault(host.numel(), []).append((host, self._event(self.back) if self.cuda else None))
+        self.pool.setdefault(host.numel(), []).append((host, self._event(self.back)))
 
     def _event(self, stream: Any) -> Any:
-        event = torch.cuda.Event()
+        event = self.streams.Event()
         event.record(stream)
         return event
 

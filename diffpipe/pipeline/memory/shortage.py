@@ -55,8 +55,9 @@ def remedies(config: Config) -> Iterator[str]:
         yield "optimizer.kind: adamw8bit"
     if config.batch.micro > 1:
         yield f"batch.micro: 1 with batch.accumulate: {config.batch.micro * config.batch.accumulate}"
-    if config.adapter is not None and memory.swap != "all":
-        yield "memory.swap: auto or all"
+    if memory.swap != "all":
+        clipped = config.adapter is None and config.optimizer.clip is not None
+        yield "memory.swap: auto or all" + (" with optimizer.clip: null" if clipped else "")
     if not memory.offload:
         yield "memory.offload: true"
     yield "more mesh.stages"

@@ -114,18 +114,27 @@ class Stream:
         device: CUDA, or the CPU, where the same copies are made without streams.
         room: bytes of the arena; None takes what holds a unit and the one after it.
         staging: copies from host memory that is not page-locked; None where it is.
+        streams: torch's module of the device's streams and events.
     """
 
-    def __init__(self, homes: dict[int, Home], device: torch.device, room: int | None = None, staging: Staging | None = None) -> None:
+    def __init__(
+        self,
+        homes: dict[int, Home],
+        device: torch.device,
+        room: int | None = None,
+        staging: Staging | None = None,
+        streams: Any = None,
+    ) -> None:
         self.homes, self.device, self.staging = homes, device, staging
+        self.streams = streams or torch.get_device_module(device)
         self.sizes = {n: home.size for n, home in homes.items()}
         order = sorted(homes)
         least = smallest_room(self.sizes, [*order, *reversed(order)])
         self.arena = torch.empty(max(room or least, max(self.sizes.values())), dtype=torch.uint8, device=device)
-        self.cuda = device.type == "cuda"
+        self.release: Release | None = None  # steps units whose weights train; without it none must
         self.views: dict[tuple[int, int], list[Tensor]] = {}  # of a unit's weights at an offset; made anew they would cost more than a copy
         self.types: dict[torch.dtype, Tensor] = {}
-        self.copies: Any = torch.cuda.Stream(device) if self.cuda else None
+        self.copies, self.out = self.streams.Stream(device), self.streams.Stream(device)
         self.known: dict[Any, tuple[int, ...]] = {}
         self.plans: dict[Any, Plan] = {}
         self.resident: dict[int, int] = {}
@@ -137,8 +146,6 @@ class Stream:
         self.trace: list[int] = []
         self.inside: int | None = None
         self.backward = False  # whether it is entered for its backward pass
-        self.release: Release | None = None  # steps units whose weights train; without it none must
-        self.out: Any = torch.cuda.Stream(device) if self.cuda else None
         self.written: dict[int, Any] = {}  # by unit, the event of its stepped weights' copy to their home
         self.moved = 0
 
@@ -152,7 +159,8 @@ class Stream:
         self.key, self.trace, self.inside = key, [], None
         visits = self.known.get(key)
         self.plan = self._planned(visits) if visits else None
-        self.done = {START: self._event()}
+        self.done = {}
+        self._start()
 
     def end(self) -> None:
         """The step is over: what it did is what the next one like it is expected to do."""
@@ -184,10 +192,12 @@ class Stream:
         self._turn(unit, backward)
 
     def _turn(self, unit: int, backward: bool) -> None:
-        if backward and not self.backward:
-            self.backward = True
-            if self.release is not None:
-                self.release.bring(self.homes[unit].trained)
+        self.backward = self.backward or backward
+        if backward and self.release is not None:
+            if unit in self.written:
+                # It may have stayed in the arena since its last step; what that left must be home before the next.
+                self.streams.current_stream(self.device).wait_event(self.written[unit])
+            self.release.enter(unit, self.homes[unit].trained)
 
     def leave(self) -> None:
         """The work of the unit that was entered last is queued."""
@@ -195,10 +205,11 @@ class Stream:
             return
         visit, unit, backward = len(self.trace) - 1, self.inside, self.backward
         self.inside, self.backward = None, False
-        if backward and self.release is not None and self.homes[unit].trained:
-            self.release.step(self.homes[unit].trained)
+        if backward and self.release is not None and self.release.leave(unit, self.homes[unit].trained):
             self._write_back(unit)
-        self.done[visit] = self.written[unit] if backward and unit in self.written else self._event()
+            self.done[visit] = self.written[unit]
+        else:
+            self.done[visit] = self._event()
         if self.plan is not None:
             for load in self.plan.behind[visit]:
                 self._copy(load)
@@ -207,19 +218,15 @@ class Stream:
         """Copy a unit's stepped weights to their home; its place in the arena is not free before."""
         home = self.homes[unit]
         place = self.arena[self.bound[unit] : self.bound[unit] + home.flat.numel()]
-        if not self.cuda:
-            home.flat.copy_(place)
-            return
-        self.out.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.out):
+        self.out.wait_stream(self.streams.current_stream(self.device))
+        with self.streams.stream(self.out):
             home.flat.copy_(place, non_blocking=True)
         self.written[unit] = self._event(self.out)
 
     def settle(self) -> None:
         """Let the parameters be what lies at home, for whoever reads or writes them between steps."""
         self.end()
-        if self.cuda:
-            torch.cuda.synchronize(self.device)
+        self.streams.synchronize(self.device)
         for home in self.homes.values():
             if home.trained:
                 home.bind(home.views(home.flat))
@@ -254,10 +261,15 @@ class Stream:
         """Go on without a plan: nothing in the arena is where it was foreseen."""
         self.plan, self.resident, self.bound = None, {}, {}
 
+    def _start(self) -> None:
+        """All of the arena is free when what is queued now is done, stepped weights' way home too."""
+        self.copies.wait_stream(self.out)
+        self.done[START] = self._event()
+
     def _bring(self, unit: int) -> None:
         """Copy a unit to the beginning of the arena once everything queued is done with it."""
         if self.resident != {unit: 0}:
-            self.done[START] = self._event()
+            self._start()
             self._copy(Load(unit, 0, START))
             self.resident = {unit: 0}
         self._use(unit, 0)
@@ -266,10 +278,7 @@ class Stream:
         home = self.homes[load.unit]
         place = self.arena[load.offset : load.offset + home.flat.numel()]
         self.moved += home.flat.numel()
-        if not self.cuda:
-            place.copy_(home.flat)
-            return
-        with torch.cuda.stream(self.copies):
+        with self.streams.stream(self.copies):
             self.copies.wait_event(self.done[load.after])
             if load.unit in self.written:
                 self.copies.wait_event(self.written[load.unit])
@@ -280,19 +289,17 @@ class Stream:
             self.ready[load.unit] = self._event(self.copies)
 
     def _use(self, unit: int, offset: int) -> None:
-        if self.cuda and unit in self.ready:
-            torch.cuda.current_stream(self.device).wait_event(self.ready[unit])
-        if self.bound.get(unit) != offset or not self.cuda:
+        if unit in self.ready:
+            self.streams.current_stream(self.device).wait_event(self.ready[unit])
+        if self.bound.get(unit) != offset:
             if (unit, offset) not in self.views:
                 self.views[unit, offset] = self.homes[unit].views(self.arena[offset : offset + self.sizes[unit]])
             self.homes[unit].bind(self.views[unit, offset])
             self.bound[unit] = offset
 
     def _event(self, stream: Any = None) -> Any:
-        if not self.cuda:
-            return None
-        event = torch.cuda.Event()
-        event.record(stream or torch.cuda.current_stream(self.device))
+        event = self.streams.Event()
+        event.record(stream or self.streams.current_stream(self.device))
         return event
 
 

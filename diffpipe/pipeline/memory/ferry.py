@@ -1,0 +1,64 @@
+"""Carries tensors between the device and host memory, both ways beside the computation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Ferry:
+    """Copies to the device on one stream and from it on another.
+
+    Device memory belongs to the computation's own stream: for copies to fill when all that is queued is done, and free when what
+    left it has arrived. Of what leaves, no more than one group is under way.
+
+    Args:
+        device: CUDA, or the CPU, where the same copies are made at once.
+        pinned: page-lock the host memory.
+        streams: torch's module of the device's streams and events.
+    """
+
+    def __init__(self, device: torch.device, pinned: bool, streams: Any) -> None:
+        self.device, self.pinned, self.streams = device, pinned, streams
+        self.into, self.out = streams.Stream(device), streams.Stream(device)
+        self.leaving: tuple[Any, list[Tensor]] = (streams.Event(), [])
+
+    def bring(self, hosts: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Copies on the device, to be used once the event has happened."""
+        places = [torch.empty_like(host, device=self.device) for host in hosts]
+        self.into.wait_stream(self._current())
+        with self.streams.stream(self.into):
+            for place, host in zip(places, hosts, strict=True):
+                place.copy_(host, non_blocking=True)
+        return places, self._event(self.into)
+
+    def send(self, tensors: Sequence[Tensor], hosts: Sequence[Tensor]) -> None:
+        """Copy what is queued to be computed into host memory; what is brought from there later waits for it."""
+        self._current().wait_event(self.leaving[0])
+        self.out.wait_stream(self._current())
+        with self.streams.stream(self.out):
+            for tensor, host in zip(tensors, hosts, strict=True):
+                host.copy_(tensor, non_blocking=True)
+        event = self._event(self.out)
+        self.into.wait_event(event)
+        self.leaving = (event, list(tensors))
+
+    def host_like(self, tensor: Tensor) -> Tensor:
+        """Host memory for a tensor."""
+        return torch.empty_like(tensor, device="cpu", pin_memory=self.pinned)
+
+    def settle(self) -> None:
+        """Wait until all that was sent has arrived."""
+        self.streams.synchronize(self.device)
+        self.leaving = (self.leaving[0], [])
+
+    def _current(self) -> Any:
+        return self.streams.current_stream(self.device)
+
+    def _event(self, stream: Any) -> Any:
+        event = self.streams.Event()
+        event.record(stream)
+        return event
