@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffpipe.metrics import GIB
+
 if TYPE_CHECKING:
     from diffpipe.plan import Plan, StagePlan
 
@@ -58,9 +60,9 @@ def table(stage: StagePlan):
         "activations": lambda e: _gib(e.moment.saved + e.moment.flight),
         "gradients": lambda e: _gib(e.moment.gradients),
         "workspace": lambda e: _gib(e.parts["workspace"]),
-        "on host": lambda e: _gib(e.buffers),
-        "to device": lambda e: _gib(e.to_device),
-        "to host": lambda e: _gib(e.to_host),
+        "host": lambda e: _gib(e.buffers),
+        "to device": lambda e: f"{e.to_device / GIB:.1f}",
+        "to host": lambda e: f"{e.to_host / GIB:.1f}",
     }
     shown = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     shown.add_column("bucket", no_wrap=True)
@@ -72,4 +74,4 @@ def table(stage: StagePlan):
 
 
 def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.2f}"
+    return f"{count / GIB:.2f}"
