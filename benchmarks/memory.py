@@ -67,7 +67,7 @@ def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "cud
         pipeline = build(config, model, mesh)
         module = pipeline.stage.part.model
         optimizer = make_optimizer(config.optimizer, module.named_parameters())
-        pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
+        release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         set_rates(optimizer, 1.0)
         print(f"  built in {time.perf_counter() - begun:.1f} s", flush=True)
         times, losses = [], []
@@ -79,8 +79,7 @@ def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "cud
             begun = time.perf_counter()
             losses.append(pipeline.train(batch).item())
             trained = time.perf_counter() - begun
-            optimizer.step()
-            optimizer.zero_grad()
+            release.step_rest()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
             print(f"  step {step}: {times[-1]:.3f} s, optimizer {times[-1] - trained:.3f} s, loss {losses[-1]:.5f}", flush=True)

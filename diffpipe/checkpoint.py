@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,11 @@ def save(folder: Path, step: int, module: nn.Module, optimizer: Optimizer, state
     return final
 
 
-def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
+def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_host: Collection[nn.Parameter] = ()) -> dict[str, Any]:
     """Fill the part and its optimizer from a checkpoint, whatever mesh wrote it; returns its ``state``.
+
+    Args:
+        on_host: parameters whose optimizer state stays in host memory.
 
     Raises:
         CheckpointError: when the checkpoint does not hold what this part trains.
@@ -86,7 +89,7 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh) -> dic
     state = {k: _empty(m) for k, m in held.items() if k.startswith("optimizer.") and k.removeprefix("optimizer.").split("//")[0] in names}
     random = {k: _empty(held[k]) for k in _random_states(mesh) if k in held}
     dcp.load({**trained, **state, **random}, storage_reader=reader)
-    restore_state(optimizer, {k.removeprefix("optimizer."): t for k, t in state.items()})
+    restore_state(optimizer, {k.removeprefix("optimizer."): t for k, t in state.items()}, on_host)
     _restore_random(random, mesh)
     return read_state(path)
 

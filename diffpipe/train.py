@@ -207,7 +207,7 @@ class Trainer:
         self.step = 0
         self.saved_at = time.monotonic()
         if run.resumed is not None:
-            state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh)
+            state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
             self.step = state["step"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
@@ -259,8 +259,7 @@ class Trainer:
         if self.config.optimizer.clip is not None:
             torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
         averaged = self._now()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.release.step_rest()
         self.step += 1
         loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
         end = self._now()

@@ -176,6 +176,14 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; parameters with one dim never decay.")
     clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm over all stages; null does not clip.")
+    release: bool = Field(
+        default=False,
+        description="Step each block as soon as its last backward pass of a step is over, so that no gradient outlives it; between"
+        " microbatches they wait in host memory unless memory.order is layer. It needs clip null.",
+    )
+    offload: bool = Field(
+        default=False, description="Keep the optimizer's state in host memory; each block's passes through the device when it is stepped."
+    )
     groups: list[GroupConfig] = Field(default_factory=list, description="Parameters with rates of their own.")
 
 
@@ -373,9 +381,8 @@ class MemoryConfig(Section):
     swap: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = Field(
         default=0,
         description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used; `auto` is as few as"
-        " fit budget, or without one what is free on the device at the start. Weights that train are stepped as soon as their block's"
-        " last backward pass of a step is over, with their optimizer state in host memory too, and their gradients between microbatches"
-        " unless order is layer; that needs optimizer.clip null.",
+        " fit budget, or without one what is free on the device at the start. Weights that train are stepped as by optimizer.release, their"
+        " state kept as by optimizer.offload; that needs optimizer.clip null.",
     )
     room: float | None = Field(
         default=None, gt=0, description="MiB on the device that streamed weights share; null is what two blocks take, the least there is."
@@ -442,22 +449,25 @@ class Config(Section):
 
     @property
     def steps_in_backward(self) -> bool:
-        """Whether weights that train stream, so that they are stepped in the backward pass."""
-        return self.adapter is None and bool(self.memory.swap)
+        """Whether blocks are stepped in the backward pass: because weights that train stream, or all are to be released."""
+        return self.optimizer.release or (self.adapter is None and bool(self.memory.swap))
 
     @model_validator(mode="after")
-    def _streamed_training_fits(self) -> Config:
+    def _stepping_fits(self) -> Config:
         if self.steps_in_backward and self.optimizer.clip is not None:
+            why = "optimizer.release is true" if self.optimizer.release else "memory.swap streams weights that train (no adapter section)"
             raise ValueError(
-                "memory.swap streams weights that train (there is no adapter section), which are stepped in the backward pass:"
-                f" optimizer.clip must be null, found {self.optimizer.clip}, since the norm is known only behind it"
+                f"{why}, so that blocks are stepped in the backward pass: optimizer.clip must be null, found {self.optimizer.clip},"
+                " since the norm is known only behind it"
             )
         return self
 
     @model_validator(mode="after")
     def _adapting_fits(self) -> Config:
-        if self.memory.on_oom == "adapt" and (self.mesh.stages > 1 or self.adapter is None):
-            raise ValueError("memory.on_oom is adapt, which needs mesh.stages 1 and an adapter section; set it to stop")
+        if self.memory.on_oom == "adapt" and (self.mesh.stages > 1 or self.adapter is None or self.optimizer.release):
+            raise ValueError(
+                "memory.on_oom is adapt, which needs mesh.stages 1, an adapter section and no optimizer.release; set it to stop"
+            )
         return self
 
     @model_validator(mode="after")

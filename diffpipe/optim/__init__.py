@@ -62,14 +62,14 @@ def check_optimizer(config: OptimizerConfig, apart: bool = False) -> None:
     """Find out what is wrong with the section before anything is read.
 
     Args:
-        apart: whether some weights are stepped before others.
+        apart: whether some weights are stepped before others, whatever the section says.
 
     Raises:
         ConfigError: as ``make_optimizer`` and ``only`` do.
     """
     weight = nn.Parameter(torch.ones(16, 16))
     optimizer = make_optimizer(config, [("weight", weight)])
-    if apart:
+    if apart or config.release or config.offload:
         weight.grad = torch.ones(16, 16)
         with only(optimizer, [weight]):
             optimizer.step()

@@ -37,8 +37,8 @@ def only(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Iterator[N
         changed = [k for k, v in part.items() if k not in (*MEMBERS, COUNT) and v is not was.get(k) and bool(v != was.get(k))]
         if changed:
             raise ConfigError(
-                f"{type(optimizer).__name__} keeps {', '.join(changed)} for all weights together, but weights that stream are stepped"
-                " block by block",
+                f"{type(optimizer).__name__} keeps {', '.join(changed)} for all weights together, but they are stepped block by block",
                 where="optimizer.kind",
-                fix="take adamw, adamw8bit or adamw8bit-kahan, or set memory.swap to 0",
+                fix="take adamw, adamw8bit or adamw8bit-kahan; or set optimizer.release and optimizer.offload to false, and memory.swap"
+                " to 0 where weights stream that train",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pickle import UnpicklingError
 from typing import Any
 
@@ -41,8 +41,11 @@ def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
-def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], on_host: Collection[nn.Parameter] = ()) -> None:
     """Put back what ``state_of`` gave, for the parameters this optimizer holds.
+
+    Args:
+        on_host: those whose state stays in host memory.
 
     Raises:
         CheckpointError: when a parameter has no state in ``tensors``.
@@ -59,8 +62,9 @@ def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
         if name not in states:
             raise CheckpointError(f"no optimizer state for {name}", expected="a checkpoint of the same trained parameters")
         own: dict[str, Any] = {}
+        beside = torch.device("cpu") if parameter in on_host else parameter.device
         for what, value in states[name].items():
-            value = _beside(value, parameter, optimizer) if isinstance(value, Tensor) else value
+            value = _beside(value, beside, optimizer) if isinstance(value, Tensor) else value
             if what.startswith("group."):
                 group[what.removeprefix("group.")] = value
             else:
@@ -97,10 +101,10 @@ def _value(saved: Tensor) -> Any:
     return torch.load(io.BytesIO(saved.numpy().tobytes()), weights_only=True)
 
 
-def _beside(value: Tensor, parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
+def _beside(value: Tensor, device: torch.device, optimizer: Optimizer) -> Tensor:
     """A state tensor where the optimizer wants it: torch keeps step counts on the CPU unless it is fused."""
     on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
-    return value.clone() if on_cpu else value.to(parameter.device, copy=True)
+    return value.clone() if on_cpu else value.to(device, copy=True)
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:

@@ -40,7 +40,7 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[mesh.stage], fakes)
     quantize(part.model, part.units, config.memory, model, has_products(mesh.device), model.weights())
-    memory = MemoryLayer(config.memory, [part.model.get_submodule(unit) for unit in part.units], mesh.device)
+    memory = MemoryLayer(config.memory, [part.model.get_submodule(unit) for unit in part.units], mesh.device, config.optimizer)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.

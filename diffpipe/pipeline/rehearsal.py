@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffpipe.config.schema import Config, MemoryConfig
@@ -42,11 +42,11 @@ class Residency:
     Attributes:
         resident: bytes of frozen ones on the device for good.
         trained: of those that train.
-        optimizer: of its state on the device: that of streamed units only while it is used, and that of the unit before still leaves.
+        optimizer: of its state on the device: that which waits on the host only while it is used, and that of the unit before still leaves.
         arena: bytes that streamed ones share.
-        homes: bytes of the streamed ones, and of their optimizer state, in host memory.
+        homes: bytes of the streamed ones, and of optimizer state, in host memory.
         moved: bytes copied to the device for one microbatch, when steps follow each other.
-        stepped: bytes of streamed weights that train, and of their state: what goes to the host in a step.
+        stepped: bytes that go to the host in a step: of streamed weights that train, and of state that waits there.
         states: of the latter.
     """
 
@@ -101,8 +101,13 @@ class Rehearsal:
         visits = 1 if self._together(memory) else count  # of each streamed unit, forward and backward
         link = self.card.link * (1 if memory.pin else PAGEABLE)
         weights, activations = visits * held.moved / 2 / link, count * peak.moved / self.card.link
+        early = self._apart(memory, self.config.optimizer.release)
+        passes = 0 if self._together(memory) else count - 1  # after which the gradients of these units wait on the host
+        waiting = passes * sum(rounded(p.nbytes) for unit in early for p in self._trained(unit))
+        states = held.states / link
         ahead = max(count * self.card.seconds(peak.ahead), weights, activations)
-        back = max(count * self.card.seconds(peak.back), weights + activations + held.states / link, held.stepped / link)
+        there, home = weights + activations + waiting / link, (held.stepped + waiting) / link
+        back = max(count * self.card.seconds(peak.back), there + (states if early else 0), home if early else 0)
         return Estimate(
             weights=held.resident,
             trained=held.trained,
@@ -112,9 +117,9 @@ class Rehearsal:
             moment=peak.moment,
             homes=held.homes,
             buffers=peak.held,
-            to_device=visits * held.moved + count * peak.moved + held.states,
-            to_host=count * peak.moved + held.stepped,
-            seconds=ahead + back,
+            to_device=visits * held.moved + count * peak.moved + waiting + held.states,
+            to_host=count * peak.moved + waiting + held.stepped,
+            seconds=ahead + back + (0 if early else states),
         )
 
     def _together(self, memory: MemoryConfig) -> bool:
@@ -129,7 +134,7 @@ class Rehearsal:
     def _peak(self, bucket: Dims, memory: MemoryConfig) -> Peak:
         threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
         together = self._together(memory)
-        released = frozenset(chosen(len(self.units), memory.swap)) if self.config.adapter is None else frozenset()
+        released = frozenset(self._apart(memory, self.config.optimizer.release))
         key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile, together, released)
         if key not in self.peaks:
             timeline = self.timeline(bucket)
@@ -197,8 +202,10 @@ class Rehearsal:
         streams = {id(p) for n in numbers for name, p in self.units[n].named_parameters() if not is_adapter(name)}
         frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
         resident = sum(rounded(t.nbytes) for t in frozen if id(t) not in streams)
+        states = [state_bytes(self.config.optimizer, self._trained(n)) for n in self._apart(memory, self.config.optimizer.offload)]
+        state, moving = self.state - sum(states) + sum(sorted(states)[-2:]), sum(states)
         if not numbers:
-            return Residency(resident, self.trained, self.state)
+            return Residency(resident, self.trained, state, homes=moving, stepped=moving, states=moving)
         with self.fakes.mode:
             homes = streamed([duplicate(unit) for unit in self.units], numbers, False)
             stream = Stream(homes, CPU, None if memory.room is None else int(memory.room * (1 << 20)))
@@ -206,17 +213,25 @@ class Rehearsal:
         first = make_plan(visits, stream.sizes, stream.arena.numel(), {})
         steady = make_plan(visits, stream.sizes, stream.arena.numel(), first.resident)
         stepped = sum(rounded(p.nbytes) for home in homes.values() for p in home.trained)
-        states = [state_bytes(self.config.optimizer, home.trained) for home in homes.values()]
         return Residency(
             resident,
             self.trained - stepped,
-            self.state - sum(states) + sum(sorted(states)[-2:]),
+            state,
             rounded(stream.arena.numel()),
-            sum(h.flat.numel() for h in homes.values()) + sum(states),
+            sum(h.flat.numel() for h in homes.values()) + moving,
             steady.moved,
-            stepped + sum(states),
-            sum(states),
+            stepped + moving,
+            moving,
         )
+
+    def _apart(self, memory: MemoryConfig, every: bool) -> Sequence[int]:
+        """Units that are stepped on their own: all, or those whose trained weights stream."""
+        if every:
+            return range(len(self.units))
+        return chosen(len(self.units), memory.swap) if self.config.adapter is None else []
+
+    def _trained(self, unit: int) -> list[nn.Parameter]:
+        return [p for p in self.units[unit].parameters() if p.requires_grad]
 
 
 def largest(buckets: Sequence[Dims]) -> Dims:

@@ -93,8 +93,7 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
             own, counted = pipeline.gradients()
             mesh.mean_over_replicas(own)
             norms.append(mesh.gradient_norm(counted, release.square()))
-            optimizer.step()
-            optimizer.zero_grad()
+            release.step_rest()
         pipeline.memory.settle()
         return losses, norms, {n: p.detach().clone() for n, p in part.named_parameters()}
 

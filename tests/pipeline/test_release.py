@@ -26,11 +26,18 @@ Outcome = tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]
 
 
 def trained(
-    family: str, checkpoint: Path, memory: dict[str, Any], steps: range, count: int = 1, before: Outcome | None = None, **optimizer: Any
+    family: str,
+    checkpoint: Path,
+    memory: dict[str, Any],
+    steps: range,
+    count: int = 1,
+    before: Outcome | None = None,
+    adapter: dict[str, Any] | None = None,
+    **optimizer: Any,
 ) -> Outcome:
     """Losses, squared gradient norms, weights and optimizer state of some steps, perhaps on from where others ended."""
     given = {"clip": None, **optimizer}
-    config = config_of(family, checkpoint, None, memory, optimizer=given, batch={"accumulate": count})
+    config = config_of(family, checkpoint, adapter, memory, optimizer=given, batch={"accumulate": count})
     if optimizer.get("kind") == "adamw8bit-kahan" or optimizer.get("rounding"):
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16", "trainable_dtype": "bfloat16"})})
     model = make_model(config.model, config.objective)
@@ -44,15 +51,14 @@ def trained(
             with torch.no_grad():
                 for name, p in part.named_parameters():
                     p.copy_(before[2][name])
-            restore_state(stepper, before[3])
+            restore_state(stepper, before[3], release.waits_on_host())
         set_rates(stepper, 1.0)
         for i in steps:
             batch = [microbatch(model, seed=10 * i + j, count=1, frames=frames_of(model)) for j in range(count)]
             losses.append(pipeline.train(batch).item())
             rest = [p.grad.float().square().sum() for p in part.parameters() if p.grad is not None]
             squares.append((sum(rest, torch.zeros((), device=mesh.device)) + release.square()).item())
-            stepper.step()
-            stepper.zero_grad()
+            release.step_rest()
             losses.append(pipeline.evaluate(batch[:1]).item())
         pipeline.memory.settle()
         weights = {n: p.detach().clone() for n, p in part.named_parameters()}
@@ -96,6 +102,30 @@ def test_two_microbatches_in_layer_order_and_a_resumed_run(toys: Toys) -> None:
 @pytest.mark.parametrize("memory", [{"swap": "all"}, {"swap": 2, "recompute": "none", "room": 1.0}], ids=["all", "some"])
 def test_gradients_wait_for_the_other_microbatches_on_the_host(toys: Toys, memory: dict[str, Any]) -> None:
     same(trained("wan", toys("wan"), memory, range(3), count=3), trained("wan", toys("wan"), {}, range(3), count=3))
+
+
+APART = {
+    "late": ({}, {"offload": True}),
+    "early": ({}, {"release": True}),
+    "both": ({}, {"release": True, "offload": True}),
+    "some-streamed": ({"swap": 2}, {"release": True, "offload": True}),
+    "others-late": ({"swap": 2, "order": "layer"}, {"offload": True}),
+}
+
+
+@pytest.mark.parametrize("way", sorted(APART))
+def test_blocks_stepped_on_their_own_end_as_if_stepped_together(toys: Toys, way: str) -> None:
+    memory, optimizer = APART[way]
+    together = trained("flux", toys("flux"), {}, range(4), count=2)
+    first = trained("flux", toys("flux"), memory, range(2), count=2, **optimizer)
+    rest = trained("flux", toys("flux"), memory, range(2, 4), count=2, before=first, **optimizer)
+    same((first[0] + rest[0], first[1] + rest[1], rest[2], rest[3]), together)
+
+
+def test_adapters_of_streamed_blocks_are_stepped_on_their_own(toys: Toys) -> None:
+    memory, adapter = {"swap": "all"}, {"rank": 4}
+    expected = trained("wan", toys("wan"), memory, range(3), adapter=adapter)
+    same(trained("wan", toys("wan"), memory, range(3), adapter=adapter, offload=True), expected)
 
 
 def test_no_gradient_outlives_its_block(toys: Toys) -> None:

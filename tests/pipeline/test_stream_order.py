@@ -182,8 +182,7 @@ def stepped(units: list[nn.Module], order: Order, count: int, layer: MemoryLayer
     """Losses of some steps and evaluations, the inputs' gradients, and the weights in the end."""
     named = [(f"{i}.{n}", p) for i, unit in enumerate(units) for n, p in unit.named_parameters()]
     optimizer = make_optimizer(OptimizerConfig(lr=1e-2), named)
-    if layer is not None:
-        layer.release_with(optimizer, lambda gradients: None)
+    step_rest = optimizer.step if layer is None else layer.release_with(optimizer, lambda gradients: None).step_rest
     losses: list[Tensor] = []
     gradients: list[Tensor | None] = []
     for step in range(4):
@@ -196,7 +195,7 @@ def stepped(units: list[nn.Module], order: Order, count: int, layer: MemoryLayer
                 if layer is not None:
                     layer.end()
             if training:
-                optimizer.step()
+                step_rest()
                 optimizer.zero_grad()
         gradients += [x.grad for x in inputs]
         if layer is not None and step == 2:
@@ -208,28 +207,42 @@ def stepped(units: list[nn.Module], order: Order, count: int, layer: MemoryLayer
     return losses, gradients, [p.detach().clone() for unit in units for p in unit.parameters()]
 
 
-def layer_of(units: list[nn.Module], streams: Streams, places: float | None, **memory: Any) -> MemoryLayer:
+def layer_of(units: list[nn.Module], streams: Streams, places: float | None, stepping: dict[str, Any], **memory: Any) -> MemoryLayer:
     """A layer whose arena holds so many of the largest units; None for the least."""
     largest = max(sum(p.nbytes for p in unit.parameters()) for unit in units)
     room = None if places is None else places * (largest + 1024) / 2**20
     config = MemoryConfig.model_validate({"swap": "all", "room": room, "offload": True, "offload_threshold": 0.001, **memory})
-    layer = MemoryLayer(config, units, CPU, streams)
+    layer = MemoryLayer(config, units, CPU, OptimizerConfig(**stepping), streams)
     layer.wrap()
     return layer
 
 
+SOME = {"swap": 4, "recompute": "none"}
+APART = {"release": True, "offload": True}
+
+
 @pytest.mark.parametrize("places", [None, 5])
-@pytest.mark.parametrize("memory", [{}, {"swap": 4, "recompute": "none"}], ids=["all", "some"])
-@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("trained", "memory", "stepping"),
+    [
+        (False, {}, {}),
+        (False, SOME, {}),
+        (True, {}, {}),
+        (True, SOME, {}),
+        (True, SOME, {"offload": True}),
+        (True, SOME, APART),
+    ],
+    ids=["frozen", "some-frozen", "trained", "some-trained", "late", "released"],
+)
 @pytest.mark.parametrize(
     ("order", "count"), [(one_by_one, 1), (one_by_one, 3), (layer_by_layer, 3), (two_in_flight, 3)], ids=lambda v: getattr(v, "__name__", v)
 )
 def test_whoever_is_late_nothing_is_read_or_overwritten_too_early(
-    order: Order, count: int, trained: bool, memory: dict[str, Any], places: float | None
+    order: Order, count: int, trained: bool, memory: dict[str, Any], stepping: dict[str, Any], places: float | None
 ) -> None:
     plain = stepped(units_of(trained), order, count, None)
     units, streams = units_of(trained), Streams()
-    layer = layer_of(units, streams, places, **memory)
+    layer = layer_of(units, streams, places, stepping, **memory)
     with Races(streams) as races:
         got = stepped(units, order, count, layer)
     assert not races.found, sorted(set(races.found))
@@ -241,7 +254,7 @@ def test_whoever_is_late_nothing_is_read_or_overwritten_too_early(
 @pytest.mark.parametrize("deaf", ["event", "stream"])
 def test_a_stream_that_does_not_wait_is_found(deaf: str) -> None:
     units, streams = units_of(True), Streams((deaf,))
-    layer = layer_of(units, streams, None)
+    layer = layer_of(units, streams, None, {})
     with Races(streams) as races:
         stepped(units, one_by_one, 1, layer)
     assert races.found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffpipe.config.schema import MemoryConfig
+from diffpipe.config.schema import MemoryConfig, OptimizerConfig
 from diffpipe.errors import ConfigError
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.ferry import Ferry
@@ -20,6 +20,7 @@ from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer, saving
 from diffpipe.pipeline.memory.staging import Staging
 from diffpipe.pipeline.memory.stream import Home, Stream, streamed, watch
+from diffpipe.pipeline.memory.turns import Turns
 
 
 class MemoryLayer:
@@ -30,15 +31,19 @@ class MemoryLayer:
 
     Args:
         units: the stage's units, on meta.
+        stepping: how weights are stepped, and where the optimizer's state waits.
         streams: torch's module of the device's streams and events.
     """
 
-    def __init__(self, config: MemoryConfig, units: list[nn.Module], device: torch.device, streams: Any = None) -> None:
-        self.config, self.units, self.device = config, units, device
+    def __init__(
+        self, config: MemoryConfig, units: list[nn.Module], device: torch.device, stepping: OptimizerConfig, streams: Any = None
+    ) -> None:
+        self.config, self.units, self.device, self.stepping = config, units, device, stepping
         self.streams = streams or torch.get_device_module(device)
         self.pinned = config.pin and device.type == "cuda"
         self.homes: dict[int, Home] = {}
         self.stream: Stream | None = None
+        self.turns = Turns()
         self.offload: Offload | None = None
         self._choose()
 
@@ -71,6 +76,7 @@ class MemoryLayer:
             room = None if self.config.room is None else int(self.config.room * (1 << 20))
             staging = Staging() if self.device.type == "cuda" and not self.pinned else None
             self.stream = Stream(self.homes, self.device, room, staging, self.streams)
+        self.turns.stream = self.stream
         for number, unit in enumerate(self.units):
             forward: Callable[..., Any] = unit.forward
             policy = self.config.recompute if number % self.config.recompute_every == 0 else "none"
@@ -81,46 +87,40 @@ class MemoryLayer:
             streams = self.stream if number in self.homes else None
             if streams is not None or self.offload is not None:
                 forward = saving(forward, partial(_packers, streams, self.offload))
-            if streams is not None:
-                forward = watch(forward, partial(streams.enter, number))
+            if self.stream is not None or self.stepping.release:
+                forward = watch(forward, partial(self.turns.enter, number))
             unit.forward = forward  # the instance's: a wrapping module would rename every parameter
 
-    @property
-    def trains(self) -> bool:
-        """Whether weights that train stream: they are stepped in the backward pass."""
-        return any(home.trained for home in self.homes.values())
-
     def release_with(self, optimizer: Optimizer, average: Callable[[Sequence[Tensor]], None]) -> Release:
-        """Step streamed weights in the backward pass from now on.
+        """Steps with the optimizer from now on: in the backward pass those units whose trained weights stream, or all that should.
 
         Args:
             average: replaces gradients by their mean over the replicas.
         """
-        release = Release(optimizer, average, Ferry(self.device, self.pinned, self.streams))
-        if self.stream is not None and self.trains:
-            self.stream.release = release
-        return release
+        units = {number: [p for p in unit.parameters() if p.requires_grad] for number, unit in enumerate(self.units)}
+        streaming = {number for number, home in self.homes.items() if home.trained}
+        early = units.keys() if self.stepping.release else streaming
+        away = units.keys() if self.stepping.offload else streaming
+        ferry = Ferry(self.device, self.pinned, self.streams)
+        self.turns.release = Release(optimizer, average, ferry, units, early, away)
+        return self.turns.release
 
     def settle(self) -> None:
         """Have all trained weights and their optimizer state where parameters and optimizer say, between two steps."""
-        if self.stream is not None and self.stream.release is not None:
+        if self.stream is not None and any(home.trained for home in self.homes.values()):
             self.stream.settle()
-            self.stream.release.settle()
+        if self.turns.release is not None:
+            self.turns.release.settle()
 
     def begin(self, microbatches: int) -> None:
         """A step of training begins, or of evaluation where no gradients are asked for."""
-        if self.stream is not None:
-            training = torch.is_grad_enabled()
-            self.stream.begin((training, microbatches))
-            if self.stream.release is not None and training:
-                self.stream.release.begin(microbatches)
+        self.turns.begin(microbatches)
         if self.offload is not None:
             self.offload.begin()
 
     def end(self) -> None:
         """The step's work is queued."""
-        if self.stream is not None:
-            self.stream.end()
+        self.turns.end()
 
 
 def chosen(count: int, swap: int | str) -> list[int]:

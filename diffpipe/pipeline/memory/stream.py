@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
-from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer
 from diffpipe.pipeline.memory.staging import Staging
 
@@ -131,7 +130,6 @@ class Stream:
         order = sorted(homes)
         least = smallest_room(self.sizes, [*order, *reversed(order)])
         self.arena = torch.empty(max(room or least, max(self.sizes.values())), dtype=torch.uint8, device=device)
-        self.release: Release | None = None  # steps units whose weights train; without it none must
         self.views: dict[tuple[int, int], list[Tensor]] = {}  # of a unit's weights at an offset; made anew they would cost more than a copy
         self.types: dict[torch.dtype, Tensor] = {}
         self.copies, self.out = self.streams.Stream(device), self.streams.Stream(device)
@@ -145,7 +143,6 @@ class Stream:
         self.plan: Plan | None = None
         self.trace: list[int] = []
         self.inside: int | None = None
-        self.backward = False  # whether it is entered for its backward pass
         self.written: dict[int, Any] = {}  # by unit, the event of its stepped weights' copy to their home
         self.moved = 0
 
@@ -172,11 +169,8 @@ class Stream:
         self.known[self.key] = tuple(self.trace)
         self.key = None
 
-    def enter(self, unit: int, backward: bool = False) -> None:
-        """Have a unit's weights on the device for what is queued from here on, the forward pass or the backward pass of the unit."""
-        if self.inside == unit:
-            self._turn(unit, backward)
-            return
+    def enter(self, unit: int) -> None:
+        """Have a unit's weights on the device for what is queued from here on."""
         self.leave()
         visit = len(self.trace)
         if self.plan is not None and (visit >= len(self.plan.visits) or self.plan.visits[visit] != unit):
@@ -189,23 +183,17 @@ class Stream:
             for load in self.plan.before[visit]:
                 self._copy(load)
             self._use(unit, self.plan.places[visit])
-        self._turn(unit, backward)
 
-    def _turn(self, unit: int, backward: bool) -> None:
-        self.backward = self.backward or backward
-        if backward and self.release is not None:
-            if unit in self.written:
-                # It may have stayed in the arena since its last step; what that left must be home before the next.
-                self.streams.current_stream(self.device).wait_event(self.written[unit])
-            self.release.enter(unit, self.homes[unit].trained)
+    def leave(self, changed: bool = False) -> None:
+        """The work of the unit that was entered last is queued.
 
-    def leave(self) -> None:
-        """The work of the unit that was entered last is queued."""
+        Args:
+            changed: whether it changes the weights, so that they must go home.
+        """
         if self.inside is None:
             return
-        visit, unit, backward = len(self.trace) - 1, self.inside, self.backward
-        self.inside, self.backward = None, False
-        if backward and self.release is not None and self.release.leave(unit, self.homes[unit].trained):
+        visit, unit, self.inside = len(self.trace) - 1, self.inside, None
+        if changed:
             self._write_back(unit)
             self.done[visit] = self.written[unit]
         else:
@@ -289,8 +277,10 @@ class Stream:
             self.ready[load.unit] = self._event(self.copies)
 
     def _use(self, unit: int, offset: int) -> None:
-        if unit in self.ready:
-            self.streams.current_stream(self.device).wait_event(self.ready[unit])
+        # It may have stayed in the arena since it last changed: that must be home before it changes again.
+        for events in (self.ready, self.written):
+            if unit in events:
+                self.streams.current_stream(self.device).wait_event(events[unit])
         if self.bound.get(unit) != offset:
             if (unit, offset) not in self.views:
                 self.views[unit, offset] = self.homes[unit].views(self.arena[offset : offset + self.sizes[unit]])
