@@ -106,8 +106,8 @@ class MemoryLayer:
         return self.turns.release
 
     def settle(self) -> None:
-        """Have all trained weights and their optimizer state where parameters and optimizer say, between two steps."""
-        if self.stream is not None and any(home.trained for home in self.homes.values()):
+        """Have all weights and optimizer state where parameters and optimizer say, between two steps."""
+        if self.stream is not None:
             self.stream.settle()
         if self.turns.release is not None:
             self.turns.release.settle()

@@ -216,8 +216,8 @@ class Stream:
         self.end()
         self.streams.synchronize(self.device)
         for home in self.homes.values():
-            if home.trained:
-                home.bind(home.views(home.flat))
+            # Those of frozen weights too: their places in the arena hold others' by now.
+            home.bind(home.views(home.flat))
         self.bound, self.resident = {}, {}
 
     def packer(self) -> Packer:
