@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffpipe.config.schema import OptimizerConfig
-from diffpipe.errors import ConfigError
+from diffpipe.checkpoint import list_checkpoints, read_weights
+from diffpipe.config.schema import Config, MemoryConfig, OptimizerConfig
+from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.models import MODELS, make_model
 from diffpipe.optim import check_optimizer, make_optimizer, set_rates
 from diffpipe.optim.state import restore_state, state_of
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.train import train
 from tests.families import frames_of, microbatch
 from tests.pipeline.test_memory import config_of
+from tests.runs_program import prepared
 
 Toys = Callable[[str], Path]
 Outcome = tuple[list[float], list[float], dict[str, Tensor], dict[str, Tensor]]
@@ -138,6 +142,41 @@ def test_no_gradient_outlives_its_block(toys: Toys) -> None:
         pipeline.train([microbatch(model, seed=0, count=1, frames=frames_of(model))])
         held = [n for n, p in part.named_parameters() if p.grad is not None]
     assert held and not any(n.startswith("blocks.") for n in held)
+
+
+def run_of(folder: Path, name: str, steps: int, lr: float = 1e-3, **memory: Any) -> Config:
+    config = prepared("wan", "full", folder, 1)
+    changes = {
+        "output_dir": folder / name,
+        "run": config.run.model_copy(update={"steps": steps}),
+        "optimizer": OptimizerConfig(lr=lr, clip=None),
+        "memory": MemoryConfig(**memory),
+    }
+    return config.model_copy(update=changes)
+
+
+def weights_of(run: Path) -> list[dict[str, Tensor]]:
+    return [read_weights(each) for each in list_checkpoints(run / "checkpoints")]
+
+
+def test_a_streamed_run_that_goes_on_saves_what_an_unbroken_one_does(tmp_path: Path) -> None:
+    unbroken = train(run_of(tmp_path, "unbroken", 4), resume=None, make_sinks=list)
+    train(run_of(tmp_path, "broken", 2, swap="all"), resume=None, make_sinks=list)
+    run = train(run_of(tmp_path, "broken", 4, swap="all"), resume="", make_sinks=list)
+    pairs = [(weights_of(run)[-1], weights_of(unbroken)[-1])]
+    exported = [*(unbroken / "exports").rglob("*.safetensors")]
+    pairs += [(load_file(run / file.relative_to(unbroken)), load_file(file)) for file in exported]
+    assert exported
+    for got, expected in pairs:
+        assert got.keys() == expected.keys() and all(torch.equal(got[name], weight) for name, weight in expected.items())
+
+
+def test_a_run_whose_gradients_are_not_finite_ends_without_saving_them(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "lost", 9, lr=1e20, swap="all")
+    with pytest.raises(DiffpipeError, match=r"the gradient of step \d is not finite[\s\S]*--resume from the last checkpoint"):
+        train(config, resume=None, make_sinks=list)
+    (run,) = config.output_dir.iterdir()
+    assert all(weight.isfinite().all() for saved in weights_of(run) for weight in saved.values())
 
 
 def test_an_optimizer_with_state_for_all_weights_together_is_refused_before_anything_is_read() -> None:
