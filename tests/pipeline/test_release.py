@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,16 @@ def test_adapters_of_streamed_blocks_are_stepped_on_their_own(toys: Toys) -> Non
     memory, adapter = {"swap": "all"}, {"rank": 4}
     expected = trained("wan", toys("wan"), memory, range(3), adapter=adapter)
     same(trained("wan", toys("wan"), memory, range(3), adapter=adapter, offload=True), expected)
+
+
+@pytest.mark.parametrize("frozen", [r"blocks\.[0-2]\.", r"blocks\."], ids=["some", "all"])
+def test_streamed_blocks_that_do_not_train_are_saved_as_they_were(toys: Toys, frozen: str) -> None:
+    memory, groups = {"swap": "all"}, [{"match": frozen, "lr": 0}]
+    config = config_of("wan", toys("wan"), None, memory, optimizer={"clip": None, "groups": groups})
+    base = make_model(config.model, config.objective).weights()
+    _, _, weights, _ = trained("wan", toys("wan"), memory, range(1), groups=groups)
+    kept = {n: w for n, w in weights.items() if re.search(frozen, n)}
+    assert kept and all(torch.equal(w, base.read(n, w.dtype)) for n, w in kept.items())
 
 
 def test_no_gradient_outlives_its_block(toys: Toys) -> None:
