@@ -28,7 +28,7 @@ from tests.pipeline.test_memory import POLICIES, steps_of
 from tests.pipeline.test_memory import config_of as config_with
 from tests.pipeline.test_quantize import KINDS, layer_of, passed, plain_layer
 from tests.pipeline.test_rehearsal import CARD, batch_of, bucket_of
-from tests.pipeline.test_release import trained
+from tests.pipeline.test_release import APART, trained
 from tests.runs_program import config_of, prepared
 from tests.test_train import losses
 
@@ -200,13 +200,24 @@ class Delays(TorchDispatchMode):
             self.count += 1
 
 
+@pytest.mark.parametrize("way", sorted(APART))
+def test_state_that_waits_on_the_host_goes_on_in_a_resumed_run(toys: Callable[[str], Path], way: str) -> None:
+    memory, optimizer = APART[way]
+    together = trained("flux", toys("flux"), {}, range(4), count=2)
+    first = trained("flux", toys("flux"), memory, range(2), count=2, **optimizer)
+    rest = trained("flux", toys("flux"), memory, range(2, 4), count=2, before=first, **optimizer)
+    assert first[0] + rest[0] == pytest.approx(together[0], rel=1e-4)
+    assert first[1] + rest[1] == pytest.approx(together[1], rel=1e-3)
+    assert rest[3].keys() == together[3].keys()
+
+
 @pytest.mark.parametrize("room", [None, 0.4])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "order"), [(1, "layer"), (3, "layer"), (3, "microbatch")])
 @pytest.mark.parametrize("adapter", [{"rank": 4}, None], ids=["lora", "full"])
 def test_streams_that_lag_at_random_change_no_number(
-    toys: Callable[[str], Path], adapter: dict[str, int] | None, count: int, room: float | None
+    toys: Callable[[str], Path], adapter: dict[str, int] | None, count: int, order: str, room: float | None
 ) -> None:
-    memory: dict[str, Any] = {"swap": "all", "room": room, "offload": True, "offload_threshold": 0.001, "order": "layer"}
+    memory: dict[str, Any] = {"swap": "all", "room": room, "offload": True, "offload_threshold": 0.001, "order": order}
 
     def run() -> Any:
         if adapter is None:

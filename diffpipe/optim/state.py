@@ -62,9 +62,8 @@ def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], on_host: 
         if name not in states:
             raise CheckpointError(f"no optimizer state for {name}", expected="a checkpoint of the same trained parameters")
         own: dict[str, Any] = {}
-        beside = torch.device("cpu") if parameter in on_host else parameter.device
         for what, value in states[name].items():
-            value = _beside(value, beside, optimizer) if isinstance(value, Tensor) else value
+            value = _beside(value, parameter, optimizer, parameter in on_host) if isinstance(value, Tensor) else value
             if what.startswith("group."):
                 group[what.removeprefix("group.")] = value
             else:
@@ -101,10 +100,10 @@ def _value(saved: Tensor) -> Any:
     return torch.load(io.BytesIO(saved.numpy().tobytes()), weights_only=True)
 
 
-def _beside(value: Tensor, device: torch.device, optimizer: Optimizer) -> Tensor:
-    """A state tensor where the optimizer wants it: torch keeps step counts on the CPU unless it is fused."""
-    on_cpu = value.ndim == 0 and not optimizer.defaults.get("fused")
-    return value.clone() if on_cpu else value.to(device, copy=True)
+def _beside(value: Tensor, parameter: nn.Parameter, optimizer: Optimizer, on_host: bool) -> Tensor:
+    """A state tensor where the optimizer wants it: torch keeps step counts on the CPU unless it is fused, when they never wait there."""
+    on_cpu = on_host if value.ndim else not optimizer.defaults.get("fused")
+    return value.clone() if on_cpu else value.to(parameter.device, copy=True)
 
 
 def _named(optimizer: Optimizer) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:

@@ -114,6 +114,24 @@ def test_what_stays_is_counted_to_the_byte(toys: Toys, family: str, memory: dict
             assert foreseen.to_device == pytest.approx(stream.moved - before, rel=0.02)  # each home is rounded up to what aligns it
 
 
+@pytest.mark.parametrize("memory", [{}, {"swap": 2}])
+def test_state_that_waits_on_the_host_is_counted_there(toys: Toys, memory: dict[str, Any]) -> None:
+    config = config_of("flux", toys("flux"), None, memory, optimizer={"offload": True, "clip": None})
+    model = make_model(config.model, config.objective)
+    foreseen = Rehearsal(config, model, 0, CARD).estimate(bucket_of(model, 4), config.memory)
+    with open_mesh(config.mesh) as mesh:
+        pipeline = build(config, model, mesh)
+        optimizer = make_optimizer(config.optimizer, pipeline.stage.part.model.named_parameters())
+        release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
+        pipeline.train(batch_of(model, bucket_of(model, 4)))
+        release.step_rest()
+    waiting = sum(t.nbytes for p in release.waits_on_host() for t in optimizer.state[p].values())
+    weights = sum(home.flat.numel() for home in pipeline.memory.homes.values())
+    assert waiting > 0.9 * state_of(optimizer)
+    assert foreseen.homes - weights == pytest.approx(waiting, rel=0.02)
+    assert foreseen.optimizer < 0.6 * waiting
+
+
 def state_of(optimizer: Optimizer) -> int:
     return sum(t.nbytes for t in tree_leaves(dict(optimizer.state)) if isinstance(t, Tensor))
 
