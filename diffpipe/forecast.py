@@ -10,9 +10,10 @@ import torch
 
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.buckets import Bucket
+from diffpipe.metrics import amount
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.cards import Card, find_card
-from diffpipe.pipeline.memory.estimate import Estimate, amount
+from diffpipe.pipeline.memory.estimate import Estimate
 from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least, lower
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.rehearsal import Rehearsal, largest

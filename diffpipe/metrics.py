@@ -228,18 +228,23 @@ class TextSink:
 
 def described(progress: Progress, pace: float) -> str:
     """What is done of what, how fast, and each rank's part."""
-    text = f"{_amount(progress.task, progress.done)} of {_amount(progress.task, progress.total)}"
+    text = f"{_counted(progress.task, progress.done)} of {_counted(progress.task, progress.total)}"
     if pace:
-        text += f", {_amount(progress.task, pace)}/s"
+        text += f", {_counted(progress.task, pace)}/s"
     if len(progress.by_rank) > 1:
         text += f" (by rank {' '.join(map(str, progress.by_rank))})"
     return text
 
 
-def _amount(task: str, count: float) -> str:
+def _counted(task: str, count: float) -> str:
     """What is counted by a task: bytes when weights are loaded, else samples."""
     if task != "load":
         return f"{count}" if isinstance(count, int) else f"{count:.3g}"
+    return amount(count)
+
+
+def amount(count: float) -> str:
+    """Bytes in the unit that fits them."""
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
 
 

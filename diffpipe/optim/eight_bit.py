@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,17 +77,18 @@ class PackedAdamW8bit(AdamW8bit):
 def _packs(optimizer: AdamW8bit, group: dict[str, Any]) -> Iterator[Packed]:
     """Small parameters with 8-bit state that can be stepped as one, of one type, device and number of steps."""
     kinds: dict[Any, Packed] = {}
+    counts: Counter[Any] = Counter()  # elements of each
     for p in group["params"]:
         state = optimizer.state.get(p)
         if p.grad is None or not state or "absmax1" not in state or p.numel() > SMALL or p.numel() % BLOCK:
             continue
         key = (p.dtype, p.grad.dtype, p.device, state["step"])
-        pack = kinds.setdefault(key, [])
-        if pack and sum(q.numel() for q, _ in pack) + p.numel() > PACK:
+        if key in kinds and counts[key] + p.numel() > PACK:
             yield kinds.pop(key)
-            pack = kinds.setdefault(key, [])
-        pack.append((p, state))
-    yield from (pack for pack in kinds.values() if pack)
+            del counts[key]
+        kinds.setdefault(key, []).append((p, state))
+        counts[key] += p.numel()
+    yield from kinds.values()
 
 
 def side_by_side(states: list[dict[str, Any]], name: str) -> Tensor:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from diffpipe.errors import ConfigError
+from diffpipe.metrics import GIB
 from diffpipe.pipeline.memory.ledger import Work
-
-GIB = 1 << 30
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ class _Halves:
             buffer, tensor = root(node), tensors(node)[0]
             if buffer in weights or tensor is None:
                 continue
-            if self.threshold is not None and tensor.nbytes >= self.threshold:
+            if self.threshold is not None and ahead.size(buffer) >= self.threshold:
                 moved += rounded(tensor.nbytes)
             elif buffer in leaves and leaves[buffer] not in self.copied:
                 held.append(leaves[buffer])

@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 
+from diffpipe.metrics import amount
 from diffpipe.pipeline.memory.footprint import Footprint
 from diffpipe.pipeline.memory.ledger import Work
 from diffpipe.pipeline.memory.timeline import Change, Timeline, Visit
 
-GIB = 1 << 30
 Choose = Callable[[Visit], Footprint]
 
 
@@ -97,11 +97,6 @@ class Estimate:
         """The peak and its parts, for a person."""
         parts = sorted(((n, b) for n, b in self.parts.items() if b >= self.peak / 100), key=lambda p: -p[1])
         return f"{amount(self.peak)} (" + ", ".join(f"{name} {amount(count)}" for name, count in parts) + ")"
-
-
-def amount(count: int) -> str:
-    """Bytes in the unit that fits them."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / (1 << 20):.1f} MiB"
 
 
 @dataclass

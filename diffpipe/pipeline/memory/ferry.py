@@ -33,7 +33,7 @@ class Ferry:
         with self.streams.stream(self.into):
             for place, host in zip(places, hosts, strict=True):
                 place.copy_(host, non_blocking=True)
-        return places, self._event(self.into)
+        return places, end_of(self.into, self.streams)
 
     def send(self, tensors: Sequence[Tensor], hosts: Sequence[Tensor]) -> None:
         """Copy what is queued to be computed into host memory; what is brought from there later waits for it."""
@@ -42,7 +42,7 @@ class Ferry:
         with self.streams.stream(self.out):
             for tensor, host in zip(tensors, hosts, strict=True):
                 host.copy_(tensor, non_blocking=True)
-        event = self._event(self.out)
+        event = end_of(self.out, self.streams)
         self.into.wait_event(event)
         self.leaving = (event, list(tensors))
 
@@ -58,7 +58,13 @@ class Ferry:
     def _current(self) -> Any:
         return self.streams.current_stream(self.device)
 
-    def _event(self, stream: Any) -> Any:
-        event = self.streams.Event()
-        event.record(stream)
-        return event
+
+def end_of(stream: Any, streams: Any) -> Any:
+    """An event that happens when all that is queued on a stream now is done.
+
+    Args:
+        streams: torch's module of the device's streams and events.
+    """
+    event = streams.Event()
+    event.record(stream)
+    return event

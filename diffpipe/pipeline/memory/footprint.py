@@ -14,6 +14,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from diffpipe.pipeline.cut import Fakes, duplicate
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.ledger import Ledger, Work, rounded
+from diffpipe.pipeline.memory.offload import kept_alive
 from diffpipe.pipeline.memory.recompute import recompute
 
 
@@ -157,7 +158,7 @@ class _Trial:
         args, kwargs = tree_unflatten(inputs, self.call.tree)
 
         def pack(tensor: Tensor) -> Any:
-            if self.threshold is None or tensor.nbytes < self.threshold or self.ledger.number(tensor) in fixed:
+            if self.threshold is None or kept_alive(tensor) < self.threshold or self.ledger.number(tensor) in fixed:
                 return tensor
             self.moved += rounded(tensor.nbytes)
             self.leaving.append(tensor)

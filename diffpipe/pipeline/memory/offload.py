@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpipe.pipeline.memory.ferry import end_of
 from diffpipe.pipeline.memory.saved import Packer
 
 PAGE = 1 << 20  # bytes: host buffers are multiples of it, so that later activations fit into earlier ones' buffers
@@ -73,9 +74,7 @@ class Offload:
         self.units.append(mine)
 
         def pack(tensor: Tensor) -> Kept | None:
-            # By what it keeps alive: the smaller of two halves of one result would hold the memory of both.
-            held = tensor.untyped_storage().nbytes()
-            if held < self.threshold or tensor.device.type != self.device.type or not _dense(tensor) or _weight(tensor):
+            if kept_alive(tensor) < self.threshold or tensor.device.type != self.device.type or not _dense(tensor) or _weight(tensor):
                 return None
             kept = self._away(tensor.detach(), number)
             mine.append(weakref.ref(kept))
@@ -129,7 +128,7 @@ class Offload:
         with self.streams.stream(self.back):
             tensor = kept.laid_out(flat)
             tensor.copy_(kept.laid_out(kept.host), non_blocking=True)
-        kept.back = (tensor, self._event(self.back))
+        kept.back = (tensor, end_of(self.back, self.streams))
 
     def _take(self, count: int) -> tuple[Tensor, Any]:
         """A host buffer of at least ``count`` bytes, and the event after which it may be written."""
@@ -142,12 +141,12 @@ class Offload:
 
     def _give_back(self, host: Tensor) -> None:
         """A buffer's activation is gone: it may be written once what was queued to read it has done so."""
-        self.pool.setdefault(host.numel(), []).append((host, self._event(self.back)))
+        self.pool.setdefault(host.numel(), []).append((host, end_of(self.back, self.streams)))
 
-    def _event(self, stream: Any) -> Any:
-        event = self.streams.Event()
-        event.record(stream)
-        return event
+
+def kept_alive(tensor: Tensor) -> int:
+    """Bytes of memory that a saved tensor holds: the smaller of two halves of one result holds the memory of both."""
+    return tensor.untyped_storage().nbytes()
 
 
 def _alive(references: list[weakref.ref[Kept]]) -> list[Kept]:

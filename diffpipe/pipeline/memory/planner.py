@@ -8,7 +8,8 @@ from itertools import product
 
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.errors import DiffpipeError
-from diffpipe.pipeline.memory.estimate import Estimate, amount
+from diffpipe.metrics import amount
+from diffpipe.pipeline.memory.estimate import Estimate
 from diffpipe.pipeline.memory.shortage import remedies
 
 LOWER = 0.85  # part of what was held that is aimed at when it was too much

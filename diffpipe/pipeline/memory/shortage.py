@@ -10,8 +10,7 @@ import torch
 
 from diffpipe.config.schema import Config
 from diffpipe.errors import ShortageError, causes
-
-GIB = 1 << 30
+from diffpipe.metrics import GIB
 
 
 @contextmanager

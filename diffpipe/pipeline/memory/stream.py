@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
+from diffpipe.pipeline.memory.ferry import end_of
 from diffpipe.pipeline.memory.saved import Packer
 from diffpipe.pipeline.memory.staging import Staging
 
@@ -288,9 +289,7 @@ class Stream:
             self.bound[unit] = offset
 
     def _event(self, stream: Any = None) -> Any:
-        event = self.streams.Event()
-        event.record(stream or self.streams.current_stream(self.device))
-        return event
+        return end_of(stream or self.streams.current_stream(self.device), self.streams)
 
 
 class _Enter(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
+from diffpipe.pipeline.memory import recompute
 from diffpipe.pipeline.memory.recompute import LONG, is_attention
 
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
@@ -32,7 +33,8 @@ class Tags(CustomGraphPass):
         tag(graph, self.policy)
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,), self.policy)  # what was compiled before is found again by it
+        # What was compiled before is found again by it: as long as nothing that decides the tags has changed.
+        return get_hash_for_files((__file__, recompute.__file__), self.policy)
 
 
 def tag(graph: fx.Graph, policy: str) -> None:
