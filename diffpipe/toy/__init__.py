@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from diffpipe.models import MODELS
@@ -82,7 +84,7 @@ def _make(home: Path, name: str, makers: dict[str, Callable[[Path], None]], key:
         aside.mkdir(parents=True)
         makers[plain](aside)
         os.replace(aside, final)
-    except OSError as fault:
+    except (OSError, SafetensorError) as fault:
         # Another process may have been first: what it made is the same.
         if not final.is_dir():
             raise ConfigError(
