@@ -2,6 +2,7 @@
 how much memory.
 
     python -m benchmarks.families [FAMILY ...] [--steps 3]
+    python -m benchmarks.families --foresee H100   # what is planned, on any machine
 """
 
 from __future__ import annotations
@@ -14,20 +15,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.synthetic import USUAL, Config, make_random, microbatches
+from benchmarks.synthetic import USUAL, Config, DiffusionModel, make_random, microbatches
+from diffpipe.pipeline.memory.estimate import Estimate
 
 
-def run(family: str, steps: int, folder: Path) -> str:
-    """One family's row of the table."""
-    from diffpipe.export.run import export_weights
-    from diffpipe.optim import make_optimizer, set_rates
-    from diffpipe.pipeline.build import build
-    from diffpipe.pipeline.memory.cards import find_card
-    from diffpipe.pipeline.mesh import open_mesh
-    from diffpipe.pipeline.rehearsal import Rehearsal
-
-    height, width, frames = USUAL[family]
-    config = Config.model_validate(
+def config_of(family: str, steps: int) -> Config:
+    return Config.model_validate(
         {
             "run": {"steps": steps},
             "model": {"family": family},
@@ -36,8 +29,30 @@ def run(family: str, steps: int, folder: Path) -> str:
             "export": {"formats": ["diffusers", "comfyui", "kohya"]},
         }
     )
+
+
+def foresee(family: str, config: Config, model: DiffusionModel, card: str | None) -> Estimate:
+    """What a step is planned to hold and take; needs no GPU where the card is named."""
+    from diffpipe.pipeline.memory.cards import find_card
+    from diffpipe.pipeline.rehearsal import Rehearsal
+
+    height, width, frames = USUAL[family]
+    return Rehearsal(config, model, 0, find_card(card, torch.device("cpu" if card else "cuda"))).estimate(
+        (frames, height, width), config.memory
+    )
+
+
+def run(family: str, steps: int, folder: Path) -> str:
+    """One family's row of the table."""
+    from diffpipe.export.run import export_weights
+    from diffpipe.optim import make_optimizer, set_rates
+    from diffpipe.pipeline.build import build
+    from diffpipe.pipeline.mesh import open_mesh
+
+    height, width, frames = USUAL[family]
+    config = config_of(family, steps)
     model = make_random(config)
-    foreseen = Rehearsal(config, model, 0, find_card(None, torch.device("cuda"))).estimate((frames, height, width), config.memory)
+    foreseen = foresee(family, config, model, None)
     torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     with open_mesh(config.mesh) as mesh:
@@ -73,7 +88,14 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("families", nargs="*", default=sorted(USUAL))
     options.add_argument("--steps", type=int, default=3)
+    options.add_argument("--foresee", metavar="CARD", help="run nothing; print what is foreseen for a card, such as H100")
     given = options.parse_args()
+    if given.foresee:
+        for family in given.families:
+            config = config_of(family, given.steps)
+            estimate = foresee(family, config, make_random(config), given.foresee)
+            print(f"| {family} | {estimate.peak / 2**30:.1f} | {estimate.seconds:.2f} |", flush=True)
+        return
     print(torch.cuda.get_device_name(), torch.__version__)
     print("| family | parameters | size | s/step | peak GiB | foreseen s/step | peak GiB | first loss | build s | export s |")
     print("|" + " --- |" * 10)
