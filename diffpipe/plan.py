@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from diffpipe.config.schema import Config, FolderBase, MemoryConfig
+from diffpipe.config.schema import Config, FolderBase
 from diffpipe.data.buckets import Bucket, make_buckets
 from diffpipe.data.scan import Remembered
 from diffpipe.encode import cache_folder, look, place
@@ -27,7 +27,7 @@ from diffpipe.toy import materialize
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: the memory section it would train under, and what each bucket's steps hold and take.
+    """One stage, and what each bucket's steps hold and take.
 
     Attributes:
         units: paths of the first and the last.
@@ -39,7 +39,6 @@ class StagePlan:
     units: tuple[str, str]
     count: int
     share: float
-    memory: MemoryConfig
     reasons: tuple[str, ...]
     buckets: dict[Bucket, Estimate]
 
@@ -87,7 +86,6 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
                 units=(units[start], units[stop - 1]),
                 count=stop - start,
                 share=sum(sizes[start:stop]) / sum(sizes),
-                memory=forecast.config.memory,
                 reasons=tuple(forecast.lines()),
                 buckets={bucket: forecast.of(bucket) for bucket in buckets},
             )

@@ -46,8 +46,9 @@ def _held(device: torch.device) -> str:
 def remedies(config: Config) -> Iterator[str]:
     """What is left to set, what costs least time first."""
     memory = config.memory
-    if memory.recompute != "block" or memory.recompute_every > 1:
-        yield "memory.recompute: block with recompute_every: 1"
+    if memory.recompute not in ("block", "parts") or memory.recompute_every > 1:
+        kind = "parts" if memory.recompute == "parts" else "block"
+        yield f"memory.recompute: {kind} with recompute_every: 1"
     if config.adapter is not None and memory.quantize == "none":
         yield "memory.quantize: fp8"
     if config.adapter is None and config.optimizer.kind == "adamw":
