@@ -34,7 +34,7 @@ CASES = {
     "wan-plain": (WAN, 1, {}),
     "wan-fp8": (WAN, 1, FP8),
     "wan-free": (WAN, 1, {**FP8, "recompute": "selective"}),
-    "wan-least": (WAN, 1, {**LEAST, "recompute": "parts"}),
+    "wan-least": (WAN, 1, {**LEAST, "recompute": "parts", "feed_forward_chunks": 2}),
     "flux-full": (FLUX, 1, {"compile": True, "swap": "all", "room": 6000}),
 }
 

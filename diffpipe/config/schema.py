@@ -378,6 +378,12 @@ class MemoryConfig(Section):
         " one at a time, the least at once (needs compile, and is best with offload); `none` keeps all.",
     )
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
+    feed_forward_chunks: Positive = Field(
+        default=1,
+        description="Parts that the tokens pass the feed-forward layers of a block in, one after another: these are several times wider than"
+        " the rest, and of that width only a part is then held at once. With compile it needs recompute; without, each part is computed"
+        " again in the backward pass.",
+    )
     swap: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = Field(
         default=0,
         description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used; `auto` is as few as"
@@ -415,6 +421,12 @@ class MemoryConfig(Section):
     def _recompute_fits(self) -> MemoryConfig:
         if self.recompute == "parts" and not self.compile:
             raise ValueError("recompute is parts, which needs compile: true; or set recompute to selective")
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> MemoryConfig:
+        if self.feed_forward_chunks > 1 and self.compile and self.recompute == "none":
+            raise ValueError("feed_forward_chunks is no use where compiled blocks keep all; set recompute to block, selective or parts")
         return self
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, 
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
+from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.memory.quantize import FrozenLinear, has_products, quantize
 from diffpipe.pipeline.memory.stream import Home
@@ -40,7 +41,10 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[mesh.stage], fakes)
     quantize(part.model, part.units, config.memory, model, has_products(mesh.device), model.weights())
-    memory = MemoryLayer(config.memory, [part.model.get_submodule(unit) for unit in part.units], mesh.device, config.optimizer)
+    units = [part.model.get_submodule(unit) for unit in part.units]
+    for unit in units:
+        chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
+    memory = MemoryLayer(config.memory, units, mesh.device, config.optimizer)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.

@@ -20,6 +20,7 @@ from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
 from diffpipe.pipeline.memory.arena import make_plan
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import Card
+from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.compiled import Compiled
 from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
@@ -81,6 +82,8 @@ class Rehearsal:
         self.part = Part(whole, model.spec, *spans[stage], self.fakes)
         self.units = [self.part.model.get_submodule(unit) for unit in self.part.units]
         quantize(self.part.model, self.part.units, config.memory, model, card.multiplies_fp8)
+        for unit in self.units:
+            chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
         self.fakes.fill(self.part)
         self.part.train()
         # As they are, for the recorder puts others in their places.

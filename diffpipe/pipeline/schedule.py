@@ -54,7 +54,7 @@ class Pipeline:
         Returns:
             The loss, the mean over microbatches, on the last stage; 0 on the others.
         """
-        self.stage.train()
+        self._set_mode(training=True)
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -76,8 +76,12 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, microbatches: Microbatches) -> Tensor:
         """The loss as in ``train``, without dropout and without gradients."""
-        self.stage.eval()
+        self._set_mode(training=False)
         return self._run(microbatches, lambda schedule, **given: schedule.eval(**given))
+
+    def _set_mode(self, training: bool) -> None:
+        if self.stage.training != training:  # which goes through thousands of modules
+            self.stage.train(training)
 
     def _run(self, microbatches: Microbatches, run: Callable[..., Any]) -> Tensor:
         mesh, last = self.mesh, self.mesh.stage == self.mesh.stages - 1

@@ -23,7 +23,7 @@ from diffpipe.pipeline.memory.quantize import quantize
 from diffpipe.pipeline.memory.quantize.fp8 import FEW, BlockFp8Linear, Fp8Linear, PlainFp8Linear
 from diffpipe.pipeline.memory.quantize.frozen import FrozenLinear
 from diffpipe.pipeline.memory.quantize.nf4 import Nf4Linear
-from diffpipe.pipeline.memory.tags import tag
+from diffpipe.pipeline.memory.tags import Cut
 from diffpipe.pipeline.mesh import open_mesh
 from tests.families import frames_of, microbatch
 from tests.pipeline.test_memory import POLICIES, config_of, same, steps_of
@@ -129,12 +129,7 @@ def saved_by(forward: Callable[[Tensor], Tensor], x: Tensor, policy: str) -> lis
         run._boxed_call = True  # type: ignore[attr-defined] - how such a callable says that it takes one list
         return run
 
-    def cut(joint: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if policy != "none":
-            tag(joint.graph, policy)
-        return min_cut_rematerialization_partition(joint, *args, **kwargs)
-
-    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=cut)
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note, partition_fn=Cut(policy))
     torch.compile(forward, backend=backend, dynamic=False, fullgraph=True)(x)
     return kept
 

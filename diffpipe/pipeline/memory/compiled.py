@@ -13,9 +13,9 @@ from torch.utils.flop_counter import flop_registry
 
 from diffpipe.pipeline.cut import Fakes
 from diffpipe.pipeline.memory.footprint import Call, Footprint
-from diffpipe.pipeline.memory.graphs import Joint, cut, trace
+from diffpipe.pipeline.memory.graphs import Joint, halves, trace
 from diffpipe.pipeline.memory.ledger import Work, rounded, scratch, work_of
-from diffpipe.pipeline.memory.tags import Buffer, root, tensors
+from diffpipe.pipeline.memory.tags import WRITTEN, Buffer, root, tensors
 
 INLINE = 4  # buffers that a computation may read and still be done again for each of its uses: inductor's realize_reads_threshold
 
@@ -41,7 +41,7 @@ class Compiled:
             threshold: bytes from which saved activations are moved to the host; None moves none.
         """
         if policy not in self.cuts:
-            ahead, back = cut(self.joint, policy)
+            ahead, back = halves(self.joint, policy)
             self.cuts[policy] = _Kernels(ahead), _Kernels(back)
         return _Halves(self.joint, *self.cuts[policy], self.copied, threshold).footprint()
 
@@ -51,7 +51,7 @@ def _fuses(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
         return False
-    return target._overloadpacket not in flop_registry and len(tensors(node)) == 1
+    return target._overloadpacket not in flop_registry and (len(tensors(node)) == 1 or target is torch.ops.aten.var_mean.correction)
 
 
 def _reduces(node: fx.Node) -> bool:
@@ -92,6 +92,7 @@ class _Kernels:
             if (
                 not _fuses(node)
                 or _reduces(node)
+                or WRITTEN in node.meta
                 or any(u.op == "output" or not _fuses(u) for u in mine)
                 or (len(mine) > 1 and len(reads) > INLINE)
             ):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
-from diffpipe.pipeline.memory.tags import Tags
+from diffpipe.pipeline.memory.tags import Cut
 
 # torch gives a function up, and runs it uncompiled from then on, after 8 kinds of inputs; buckets and kinds of units are more.
 MOST = 4096
@@ -25,7 +25,7 @@ def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """
     torch._dynamo.config.recompile_limit = MOST
     torch._dynamo.config.accumulated_recompile_limit = MOST
-    inner = torch.compile(forward, dynamic=False, options={} if policy == "none" else {"joint_custom_pre_pass": Tags(policy)})
+    inner = torch.compile(forward, dynamic=False, options={} if policy == "none" else {"custom_partitioner_fn": Cut(policy)})
 
     def called(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda x: _dense(x) if isinstance(x, Tensor) else x, (args, kwargs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from diffpipe.pipeline.cut import Fakes, duplicate
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.footprint import Call
-from diffpipe.pipeline.memory.tags import tag
+from diffpipe.pipeline.memory.tags import cut
 
 
 @dataclass(frozen=True)
@@ -63,25 +62,15 @@ def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
     return Joint(*kept[0], len(named), len(inputs))
 
 
-def cut(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
-    """The forward and the backward pass, cut where inductor cuts them.
+def halves(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
+    """The forward and the backward pass, cut where ``compiling`` cuts them.
 
     Args:
         policy: as ``memory.recompute``.
     """
-    from functorch.compile import min_cut_rematerialization_partition
-
-    module = _again(joint.module)
-    if policy != "none":
-        tag(module.graph, policy)
-    hidden = {_hide(node): node_target for node in module.graph.nodes if (node_target := node.target) and _is_random(node)}
     # Weights are there anyway: to save them costs nothing.
     weights = list(range(joint.weights))
-    halves = min_cut_rematerialization_partition(module, (), num_fwd_outputs=joint.outputs, static_lifetime_input_indices=weights)
-    for half in halves:
-        for node in half.graph.nodes:
-            node.target = hidden.get(node.target, node.target)
-    forward, backward = halves
+    forward, backward = cut(_again(joint.module), policy, num_fwd_outputs=joint.outputs, static_lifetime_input_indices=weights)
     return forward.graph, backward.graph
 
 
@@ -90,19 +79,3 @@ def _again(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return fx.GraphModule(module, graph)
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-
-
-def _hide(node: fx.Node) -> Callable[..., Any]:
-    """Call something in an operation's place that nothing tells to be random: the partitioner would ask for a device's random
-    state to compute it again, attention without dropout included."""
-    target: Any = node.target
-
-    def random(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    node.target = random
-    return random

@@ -1,14 +1,15 @@
-"""Marks in the graph of a compiled unit what its backward pass computes again; the compiler then cuts the graph accordingly."""
+"""Cuts the graph of a compiled unit into its two passes, by what the backward pass computes again."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
@@ -16,12 +17,14 @@ from diffpipe.pipeline.memory import recompute
 from diffpipe.pipeline.memory.recompute import LONG, is_attention
 
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
+CONVERT = torch.ops.prims.convert_element_type.default
+WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes its result to memory
 SLACK = 1.1  # what may pass at a narrow point, in parts of what the unit gives: the main stream of activations and little else
 
 
 @dataclass(frozen=True)  # equal ones are one to torch.compile, and units compiled with them share their graphs
-class Tags(CustomGraphPass):
-    """A step of torch.compile's, with the graph of both passes in its hands, before it is cut.
+class Cut(CustomPartitionerFn):
+    """A step of torch.compile's, with the graph of both passes in its hands.
 
     Attributes:
         policy: as ``memory.recompute``.
@@ -29,12 +32,77 @@ class Tags(CustomGraphPass):
 
     policy: str
 
-    def __call__(self, graph: fx.Graph) -> None:
-        tag(graph, self.policy)
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Any, **given: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return cut(gm, self.policy, joint_inputs, **given)
 
     def uuid(self) -> Any:
-        # What was compiled before is found again by it: as long as nothing that decides the tags has changed.
+        # What was compiled before is found again by it: as long as nothing that decides the cut has changed.
         return get_hash_for_files((__file__, recompute.__file__), self.policy)
+
+
+def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """The forward and the backward pass.
+
+    Args:
+        module: the graph of both, which is taken apart.
+        policy: as ``memory.recompute``.
+        given: as to torch's partitioner, which does the work.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+
+    if policy != "none":
+        tag(module.graph, policy)
+        _write_sums(module.graph)
+    hidden = {_hide(node): target for node in module.graph.nodes if _draws_nothing(node) and (target := node.target)}
+    halves = min_cut_rematerialization_partition(module, inputs, **given)
+    for half in halves:
+        for node in half.graph.nodes:
+            node.target = hidden.get(node.target, node.target)
+        half.recompile()
+    return halves
+
+
+def _write_sums(graph: fx.Graph) -> None:
+    """Have the sums of a layer's and its adapter's products written where they are read more than once: inductor would add again for
+    each use, and so hold both products instead of their sum."""
+    for node in graph.nodes:
+        if len(_readers(node)) > 1 and _summed(node) > 1:
+            node.meta[WRITTEN] = True
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """What reads a result, through views and changes of type."""
+    through = {u for u in node.users if u.op == "call_function" and (root(u)[0] is node or u.target is CONVERT)}
+    return set(node.users) - through | {reader for view in through for reader in _readers(view)}
+
+
+def _summed(node: fx.Node) -> int:
+    """How many products a result is the sum of, scaled or not; 0 where it is no such sum."""
+    if node.target is torch.ops.aten.mul.Tensor and len(node.all_input_nodes) == 1:
+        node = root(node.all_input_nodes[0])[0]
+    if _is_heavy(node):
+        return 1
+    return sum(_summed(root(n)[0]) for n in node.all_input_nodes) if node.target is torch.ops.aten.add.Tensor else 0
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Whether an operation is attention without dropout. torch takes it for random, and would put it, where it is computed again,
+    into a call that keeps the device's random state: slower, and not to be had from C++."""
+    if not is_attention(node.target):
+        return False
+    given = {a.name: v for a, v in zip(node.target._schema.arguments, node.args, strict=False)} | node.kwargs  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
+    return not given.get("dropout_p", 0)
+
+
+def _hide(node: fx.Node) -> Callable[..., Any]:
+    """Call something in an operation's place that the partitioner does not know."""
+    target: Any = node.target
+
+    def hidden(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    node.target = hidden
+    return hidden
 
 
 def tag(graph: fx.Graph, policy: str) -> None:
@@ -45,8 +113,6 @@ def tag(graph: fx.Graph, policy: str) -> None:
             at the narrowest point before the widest layer, so that what comes before and after it is not there at once.
     """
     ahead = _forward(graph)
-    if not any(_is_tangent(node) for node in graph.nodes):
-        return  # of an evaluation
     kept = {root(n)[0] for n in ahead if policy != "block" and _is_costly(n)}
     if policy == "parts":
         kept |= _narrowest(graph, ahead)
@@ -125,13 +191,24 @@ def _narrowest(graph: fx.Graph, ahead: list[fx.Node]) -> set[fx.Node]:
                 last[read] = max(last.get(read, 0), i)
     limit = SLACK * sum(_bytes(n) for n in {root(n)[0] for n in given})
     width = max((_width(n) for n in given), default=0)
-    widest = max(range(len(order)), key=lambda i: (_width(order[i]), -i), default=0)
+    widest = _widest(order)
     worth = next((i for i, n in enumerate(order) if _is_heavy(n) and 2 * _width(n) >= width), len(order))
     for i in range(widest - 1, worth - 1, -1):
         passing = {n for n, end in last.items() if place.get(n, i + 1) <= i < end}
         if passing and sum(map(_bytes, passing)) <= limit:
             return passing
     return set()
+
+
+def _widest(order: list[fx.Node]) -> int:
+    """The place of the widest layer: products with one weight, of parts of the tokens each, are one layer."""
+    layers: dict[Buffer, tuple[int, int]] = {}  # by what tells layers apart: where it begins, and its width
+    for i, node in enumerate(order):
+        weight = node.args[1] if _is_heavy(node) and len(node.args) > 1 else None
+        key = root(weight) if isinstance(weight, fx.Node) else (node, 0)
+        begins, width = layers.get(key, (i, 0))
+        layers[key] = begins, width + _width(node)
+    return min(layers.values(), key=lambda found: (-found[1], found[0]), default=(0, 0))[0]
 
 
 def _bytes(node: fx.Node) -> int:
