@@ -33,6 +33,7 @@ from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.shard import local
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
 
@@ -178,7 +179,7 @@ class Trainer:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out, self.forecast = held_out, forecast
         self.module: nn.Module = pipeline.stage.part.model
-        self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
+        self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
@@ -257,7 +258,8 @@ class Trainer:
             gradients, norm = self._gradients()
         self._check(norm, batch)
         if self.config.optimizer.clip is not None:
-            torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
+            scale = (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(g) for g in gradients], scale) if gradients else None
         averaged = self._now()
         self.release.step_rest()
         self.step += 1
@@ -395,7 +397,7 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
         raise DiffpipeError(
             f"{config.run.epochs} epochs of the samples fill no batch",
             where="run.epochs",
-            expected="at least one bucket with batch.micro x batch.accumulate x mesh.replicate samples",
+            expected="at least one bucket with batch.micro x batch.accumulate x mesh.replicate x mesh.shard samples",
             fix="lower batch.accumulate or batch.micro, or set run.steps",
         )
     return total
