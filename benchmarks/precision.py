@@ -1,6 +1,6 @@
 """How far the loss and a LoRA's gradients are from float32 in each form that frozen weights are kept in, on one GPU or the CPU.
 
-    python -m benchmarks.precision [flux wan] [--depth 2 8 all] [--size 1024x1024x1] [--forms fp8 nf4]
+    python -m benchmarks.precision [flux wan] [--depth 2 8 all] [--size 1024x1024x1] [--forms fp8 nf4] [--compile] [--attention cudnn]
 
 Blocks of released width with random weights, the same for each form, as are the sample, its noise and the LoRA: both of its
 factors are drawn, since at the start of a run one is zero, and with it half of the gradients. Random weights have none of a
@@ -51,7 +51,9 @@ class Step:
     gradients: dict[str, Tensor]  # float32, on the CPU
 
 
-def step_of(family: str, depth: int, size: tuple[int, int, int], dtype: str, form: dict[str, Any]) -> Step:
+def step_of(
+    family: str, depth: int, size: tuple[int, int, int], dtype: str, form: dict[str, Any], compiles: bool = False, attention: str = "sdpa"
+) -> Step:
     """Loss and gradients of one sample."""
     from diffpipe.pipeline.build import build
     from diffpipe.pipeline.mesh import open_mesh
@@ -59,12 +61,12 @@ def step_of(family: str, depth: int, size: tuple[int, int, int], dtype: str, for
     config = Config.model_validate(
         {
             "run": {"steps": 1},
-            "model": {"family": family, "dtype": dtype, "trainable_dtype": "float32"},
+            "model": {"family": family, "dtype": dtype, "trainable_dtype": "float32", "attention": attention},
             # diffusers' Flux rounds t to the type of the computation, whatever is done here: this one it need not round.
             "objective": {"min_t": 0.5, "max_t": 0.500001},
             "adapter": {"rank": 32},
             "data": {"folders": [{"path": "unused"}]},
-            "memory": {key: value for key, value in form.items() if key != "kept"},
+            "memory": {**{key: value for key, value in form.items() if key != "kept"}, "compile": compiles},
         }
     )
     model = make_random(config, FAMILIES[family][0](depth), form.get("kept", ()))
@@ -100,6 +102,8 @@ def main() -> None:
     options.add_argument("--depth", nargs="+", default=["2", "8", "all"], help="blocks; all of them in float32 take 80 GB")
     options.add_argument("--size", help="height x width x frames, such as 256x256x1")
     options.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    options.add_argument("--compile", action="store_true", help="compile the blocks, but those of the reference")
+    options.add_argument("--attention", default="sdpa", choices=["sdpa", "cudnn"], help="kernels, but those of the reference")
     given = options.parse_args()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -116,7 +120,8 @@ def main() -> None:
                 if "kept" in FORMS[form] and family == "wan":
                     continue
                 release()
-                print(row(form, step_of(family, depth, size, "bfloat16", FORMS[form]), wanted), flush=True)
+                got = step_of(family, depth, size, "bfloat16", FORMS[form], given.compile, given.attention)
+                print(row(form, got, wanted), flush=True)
             release()
 
 

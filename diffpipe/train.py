@@ -335,10 +335,12 @@ class Trainer:
 
     def _check(self, norm: torch.Tensor, batch: Batch) -> None:
         if not torch.isfinite(norm):
+            cudnn = ", or model.attention sdpa" if self.pipeline.attention.cudnn else ""
             raise DiffpipeError(
                 f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
                 where="optimizer.lr",
-                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16",
+                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16"
+                + cudnn,
             )
 
     def evaluate(self) -> None:

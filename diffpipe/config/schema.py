@@ -98,7 +98,8 @@ class ModelConfig(Section):
         default="sdpa",
         description="Attention kernels: `sdpa` lets torch choose among flash, memory-efficient and plain ones; `cudnn` adds cuDNN's, the"
         " fastest on Hopper and later cards, until a gradient is not finite: then the step is repeated without them, and so is the rest of"
-        " the run. In uncompiled blocks of Flux at 1024x1024 they gave gradients that were NaN, or finite and wrong.",
+        " the run (which ends where blocks are stepped in the backward pass). In uncompiled blocks of Flux at 1024x1024 they gave gradients"
+        " that were NaN, or finite and wrong.",
     )
     guidance: float = Field(default=1.0, description="Guidance value given to models with a guidance embedding (Flux dev, HunyuanVideo).")
     train_text_encoders: bool = Field(
@@ -395,9 +396,9 @@ class MemoryConfig(Section):
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
     feed_forward_chunks: Positive = Field(
         default=1,
-        description="Parts that the tokens pass the feed-forward layers of a block in, one after another: these are several times wider than"
-        " the rest, and of that width only a part is then held at once. With compile it needs recompute; without, each part is computed"
-        " again in the backward pass.",
+        description="Parts that the tokens pass the feed-forward layers of a block in, one after another: these are several times"
+        " wider than the rest, and of that width only a part is then held at once. With compile it needs recompute; without, each part"
+        " is computed again in the backward pass.",
     )
     swap: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = Field(
         default=0,

@@ -50,8 +50,7 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
-    moving = any(mesh.exchange(config.steps_in_backward))
-    attention = Attention("sdpa" if moving else config.model.attention)
+    attention = Attention(config.model.attention, repeats=not any(mesh.exchange(config.steps_in_backward)))
     return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention, shards)
 
 
