@@ -21,7 +21,7 @@ from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.encode import cache_folder, prepare_data
-from diffpipe.errors import DiffpipeError, ShortageError
+from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
@@ -33,6 +33,7 @@ from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
 
@@ -51,6 +52,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
 
     Raises:
         DiffpipeError: for whatever the user can cure.
+        Stopped: when the run was asked to stop before its last step.
     """
     config = materialize(config)
     with open_mesh(config.mesh) as mesh:
@@ -76,7 +78,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
         Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast).train()
-    except DiffpipeError as fault:
+    except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
         raise
@@ -216,24 +218,28 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step."""
+        with Signals(self.sinks.note) as signals:
+            self._train(Requests(self.mesh, [signals.take, self._asked_by_the_clock]))
+
+    def _train(self, requests: Requests) -> None:
+        config = self.config
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
-            if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
+            if self.step % config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
-            last = self.step == self.total
-            if last or _due(self.step, self.config.eval.every_steps):
+            last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
+            if last or _due(self.step, config.eval.every_steps):
                 self.evaluate()
-            if last or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
+            asked = requests.agreed()
+            if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
-            if (
-                last
-                or _due(self.step, self.config.export.every_steps)
-                or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs))
-            ):
+            if last or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
+            if Request.STOP in asked and not last:
+                raise Stopped(self.run.folder, self.step)
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
@@ -381,10 +387,10 @@ class Trainer:
         ):
             self.sinks.note(f"exported {path}")
 
-    def _minutes_are_up(self) -> bool:
-        """Whether a checkpoint is due by the clock of the reporter, since clocks differ."""
+    def _asked_by_the_clock(self) -> Request:
+        """Whether a checkpoint is due by the clock of this rank; the first whose minutes are up asks for all."""
         minutes = self.config.checkpoint.every_minutes
-        return minutes is not None and self.mesh.decide(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
+        return Request.CHECKPOINT if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes else NOTHING
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:
@@ -401,5 +407,5 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
     return total
 
 
-def _due(count: int, every: int | None) -> bool:
-    return every is not None and count % every == 0
+def _due(count: int | None, every: int | None) -> bool:
+    return count is not None and every is not None and count % every == 0

@@ -331,6 +331,7 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Positive | None = Field(default=None, description="Steps between checkpoints; one is always written at the end.")
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
+    every_epochs: Positive | None = Field(default=None, description="Epochs between checkpoints.")
     keep: Positive = Field(default=3, description="Newest checkpoints kept.")
 
 
