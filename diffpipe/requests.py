@@ -7,7 +7,9 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from enum import IntFlag, auto
+from enum import Flag, auto
+from functools import reduce
+from operator import or_
 from time import monotonic
 from typing import Any
 
@@ -18,7 +20,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if
 SAME = 1.0  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
 
 
-class Request(IntFlag):
+class Request(Flag):
     """What may be asked for; a run that stops writes a checkpoint first."""
 
     CHECKPOINT = auto()
@@ -40,12 +42,10 @@ class Requests:
 
     def agreed(self) -> Request:
         """What any rank was asked for since the last call, the same on every rank."""
-        own = NOTHING
-        for source in self.sources:
-            own |= source()
+        own = reduce(or_, (source() for source in self.sources), NOTHING)
         kinds = list(Request)
         flags = self.mesh.largest(*(float(kind in own) for kind in kinds))
-        return sum((kind for kind, flag in zip(kinds, flags, strict=True) if flag), NOTHING)
+        return reduce(or_, (kind for kind, flag in zip(kinds, flags, strict=True) if flag), NOTHING)
 
 
 class Signals:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from diffpipe import checkpoint
+from diffpipe.checkpoint import Checkpoints, load, read_state
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
@@ -36,6 +36,7 @@ from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
+from diffpipe.versions import versions
 
 MakeSinks = Callable[[], list[Sink]]
 
@@ -61,7 +62,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
 
 def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
     """``train`` by processes that have met; toys are made already."""
-    run = mesh.decide(lambda: open_run(config, resume))
+    run = open_run(config, resume, mesh)
     sinks = open_sinks(run, mesh, make_sinks)
     try:
         model = make_model(config.model, config.objective)
@@ -121,12 +122,14 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
         return Sinks([])
     sinks = Sinks(
         [
-            TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None),
+            TensorBoardSink(run.tensorboard, read_state(run.resumed)["step"] if run.resumed else None),
             TextSink.to_file(run.log),
             *make_sinks(),
         ]
     )
     sinks.note(f"run folder {run.folder}")
+    for damaged in run.passed:
+        sinks.note(damaged)
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
     for change in run.changes:
@@ -207,9 +210,10 @@ class Trainer:
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
         self.device_peak = 0
         self.step = 0
+        self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
         if run.resumed is not None:
-            state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
+            state = load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
             self.step = state["step"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
@@ -234,10 +238,13 @@ class Trainer:
             if last or _due(self.step, config.eval.every_steps):
                 self.evaluate()
             asked = requests.agreed()
+            self._finish_saving(wait=False)
             if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
             if last or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
+            if last or Request.STOP in asked:
+                self._finish_saving(wait=True)
             if Request.STOP in asked and not last:
                 raise Stopped(self.run.folder, self.step)
 
@@ -372,12 +379,22 @@ class Trainer:
             self.sinks.evaluation(EvalRecord(self.step, name, sum(by_quantile.values()) / len(by_quantile), by_quantile))
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint, and wait for it where it is not written in the background."""
+        self._finish_saving(wait=True)
         self.pipeline.memory.settle()
-        state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_given_up": self.pipeline.attention.retreated}
-        path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
+        state = {
+            "data": self.feed.state_dict(),
+            "total": self.total,
+            "cudnn_given_up": self.pipeline.attention.retreated,
+            "versions": versions(),
+        }
+        self.checkpoints.save(self.step, self.module, self.optimizer, state)
         self.saved_at = time.monotonic()
-        self.sinks.note(f"checkpoint {path}")
+        self._finish_saving(wait=not self.config.checkpoint.background)
+
+    def _finish_saving(self, wait: bool) -> None:
+        if saved := self.checkpoints.finish(wait):
+            self.sinks.note(f"checkpoint {saved.path}, for which training stood still {saved.stalled:.3f} s")
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
