@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from diffpipe import checkpoint
+from diffpipe.checkpoint import Checkpoints, load, read_state
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
@@ -21,7 +21,7 @@ from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.encode import cache_folder, prepare_data
-from diffpipe.errors import DiffpipeError, ShortageError
+from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
@@ -34,8 +34,10 @@ from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.shard import local
+from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
+from diffpipe.versions import versions
 
 MakeSinks = Callable[[], list[Sink]]
 
@@ -52,6 +54,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
 
     Raises:
         DiffpipeError: for whatever the user can cure.
+        Stopped: when the run was asked to stop before its last step.
     """
     config = materialize(config)
     with open_mesh(config.mesh) as mesh:
@@ -60,7 +63,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
 
 def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
     """``train`` by processes that have met; toys are made already."""
-    run = mesh.decide(lambda: open_run(config, resume))
+    run = open_run(config, resume, mesh)
     sinks = open_sinks(run, mesh, make_sinks)
     try:
         model = make_model(config.model, config.objective)
@@ -77,7 +80,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
         Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast).train()
-    except DiffpipeError as fault:
+    except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
         raise
@@ -120,12 +123,14 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
         return Sinks([])
     sinks = Sinks(
         [
-            TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None),
+            TensorBoardSink(run.tensorboard, read_state(run.resumed)["step"] if run.resumed else None),
             TextSink.to_file(run.log),
             *make_sinks(),
         ]
     )
     sinks.note(f"run folder {run.folder}")
+    for damaged in run.passed:
+        sinks.note(damaged)
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
     for change in run.changes:
@@ -206,9 +211,10 @@ class Trainer:
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
         self.device_peak = 0
         self.step = 0
+        self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
         if run.resumed is not None:
-            state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
+            state = load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
             self.step = state["step"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
@@ -217,24 +223,31 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step."""
+        with Signals(self.sinks.note) as signals:
+            self._train(Requests(self.mesh, [signals.take, self._asked_by_the_clock]))
+
+    def _train(self, requests: Requests) -> None:
+        config = self.config
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
-            if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
+            if self.step % config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
-            last = self.step == self.total
-            if last or _due(self.step, self.config.eval.every_steps):
+            last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
+            if last or _due(self.step, config.eval.every_steps):
                 self.evaluate()
-            if last or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
+            asked = requests.agreed()
+            self._finish_saving(wait=False)
+            if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
-            if (
-                last
-                or _due(self.step, self.config.export.every_steps)
-                or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs))
-            ):
+            if last or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
+            if last or Request.STOP in asked:
+                self._finish_saving(wait=True)
+            if Request.STOP in asked and not last:
+                raise Stopped(self.run.folder, self.step)
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
@@ -370,12 +383,22 @@ class Trainer:
             self.sinks.evaluation(EvalRecord(self.step, name, sum(by_quantile.values()) / len(by_quantile), by_quantile))
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint, and wait for it where it is not written in the background."""
+        self._finish_saving(wait=True)
         self.pipeline.memory.settle()
-        state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_given_up": self.pipeline.attention.retreated}
-        path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
+        state = {
+            "data": self.feed.state_dict(),
+            "total": self.total,
+            "cudnn_given_up": self.pipeline.attention.retreated,
+            "versions": versions(),
+        }
+        self.checkpoints.save(self.step, self.module, self.optimizer, state)
         self.saved_at = time.monotonic()
-        self.sinks.note(f"checkpoint {path}")
+        self._finish_saving(wait=not self.config.checkpoint.background)
+
+    def _finish_saving(self, wait: bool) -> None:
+        if saved := self.checkpoints.finish(wait):
+            self.sinks.note(f"checkpoint {saved.path}, for which training stood still {saved.stalled:.3f} s")
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
@@ -385,10 +408,10 @@ class Trainer:
         ):
             self.sinks.note(f"exported {path}")
 
-    def _minutes_are_up(self) -> bool:
-        """Whether a checkpoint is due by the clock of the reporter, since clocks differ."""
+    def _asked_by_the_clock(self) -> Request:
+        """Whether a checkpoint is due by the clock of this rank; the first whose minutes are up asks for all."""
         minutes = self.config.checkpoint.every_minutes
-        return minutes is not None and self.mesh.decide(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
+        return Request.CHECKPOINT if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes else NOTHING
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:
@@ -405,5 +428,5 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
     return total
 
 
-def _due(count: int, every: int | None) -> bool:
-    return every is not None and count % every == 0
+def _due(count: int | None, every: int | None) -> bool:
+    return count is not None and every is not None and count % every == 0

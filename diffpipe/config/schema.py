@@ -70,6 +70,11 @@ class BatchConfig(Section):
     accumulate: Positive = Field(
         default=1, description="Microbatches per optimizer step on each replica; fill the pipeline with 2-4 x mesh.stages."
     )
+    may_change: bool = Field(
+        default=False,
+        description="Whether a run may go on with other samples per step (micro x accumulate x mesh.replicate) than it was saved with."
+        " With the same number it sees the same samples on any mesh; with another, those that the epoch has not shown yet.",
+    )
 
 
 class MergeConfig(Section):
@@ -347,7 +352,12 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Positive | None = Field(default=None, description="Steps between checkpoints; one is always written at the end.")
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
+    every_epochs: Positive | None = Field(default=None, description="Epochs between checkpoints.")
     keep: Positive = Field(default=3, description="Newest checkpoints kept.")
+    background: bool = Field(
+        default=True,
+        description="Write while training goes on, from a copy in host memory of as many bytes; false copies nothing and waits.",
+    )
 
 
 class ExportConfig(Section):
