@@ -69,7 +69,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
-        check_optimizer(config.optimizer, apart=config.steps_in_backward)
+        check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         forecast = open_forecast(config, model, mesh)
         samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
         if forecast is not None:

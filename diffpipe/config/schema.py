@@ -490,6 +490,11 @@ class Config(Section):
         """Whether blocks are stepped in the backward pass: because weights that train stream, or all are to be released."""
         return self.optimizer.release or (self.adapter is None and bool(self.memory.swap))
 
+    @property
+    def shards_trained(self) -> bool:
+        """Whether ranks share weights that train."""
+        return self.mesh.shard > 1 and self.adapter is None
+
     @model_validator(mode="after")
     def _stepping_fits(self) -> Config:
         if self.steps_in_backward and self.optimizer.clip is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -105,15 +106,12 @@ class Pipeline:
         moved = [_move(m, mesh.device) for m in microbatches]
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
         self.memory.begin(len(microbatches))
-        if self.shards is not None:
-            self.shards.begin()
-        if self.lockstep is not None and len(microbatches) > 1:
-            losses = self._together(len(microbatches))
-        else:
-            losses = self._by_schedule(len(microbatches), before, after, run)
+        with self.shards.step() if self.shards is not None else nullcontext():
+            if self.lockstep is not None and len(microbatches) > 1:
+                losses = self._together(len(microbatches))
+            else:
+                losses = self._by_schedule(len(microbatches), before, after, run)
         self.memory.end()
-        if self.shards is not None:
-            self.shards.end()
         self.stage.inputs = StepInputs()
         if not last:
             return torch.zeros((), device=mesh.device)

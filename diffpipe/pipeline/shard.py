@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import cast
 
@@ -13,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.cut import Part
+
+PIECE = re.compile(r"(.+)@(\d+)/\d+")
 
 
 class Shards:
@@ -39,18 +45,20 @@ class Shards:
         for before, unit in pairwise([self.rest, *units]):
             unit.set_modules_to_backward_prefetch([before])
 
-    def begin(self) -> None:
-        """A step begins."""
-        self._set(last=False)
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step; behind it every rank holds its shards alone."""
+        with warnings.catch_warnings():
+            # What leaves a unit may be a view. It is not changed in place, by which gradients would be lost.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+            self._set(last=False)
+            yield
+        for group in self.groups:
+            group.reshard()
 
     def last(self) -> None:
         """The backward pass of the step's last microbatch begins."""
         self._set(last=True)
-
-    def end(self) -> None:
-        """The step is over: every rank holds its shards alone."""
-        for group in self.groups:
-            group.reshard()
 
     def _set(self, last: bool) -> None:
         for group in self.groups:
@@ -61,7 +69,7 @@ class Shards:
 
 
 def _sharded(module: nn.Module, mesh: DeviceMesh, reshard: bool, whole: set[nn.Parameter]) -> nn.Module:
-    return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=whole)
+    return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, ignored_params=whole)  # pyright: ignore[reportReturnType]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -100,6 +108,23 @@ def beside(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or tensor.shape != like.to_local().shape:
         return tensor
     return DTensor.from_local(tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def piece_name(name: str, shard: int, shards: int) -> str:
+    """What a shard of the tensor ``name`` is called in a file."""
+    return f"{name}@{shard}/{shards}"
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of files by name, those that lie there in pieces put together; lazy ones stay lazy."""
+    whole: dict[str, Tensor] = {}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if piece := PIECE.fullmatch(name):
+            pieces.setdefault(piece[1], {})[int(piece[2])] = tensor
+        else:
+            whole[name] = tensor
+    return whole | {name: torch.cat([held[i] for i in sorted(held)]) for name, held in pieces.items()}
 
 
 def gathered(tensor: Tensor) -> Tensor:
