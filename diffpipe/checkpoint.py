@@ -192,7 +192,7 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
         parameter = trained.get(f"model.{name.partition('//')[0]}") if section == "optimizer" else None
         if parameter is not None:
             piece = files.get(piece_name(key, mesh.shard, mesh.shards))
-            own[name] = realise(piece) if piece is not None else _share(name, tensor, parameter, path)
+            own[name] = realise(piece) if piece is not None else _share(name, realise(tensor), parameter, path)
     restore_state(optimizer, own, on_host)
     _restore_random({k: realise(held[k]) for k in _random_states(mesh) if k in held}, mesh)
     return state
