@@ -68,8 +68,9 @@ class Forecast:
                 raise does_not_fit(where, estimate, limit, whose, self.config)
             return
         units, asked = len(self.rehearsal.units), self.config.memory
-        if self.config.adapter is None and self.config.optimizer.clip is not None:
-            asked = asked.model_copy(update={"swap": 0})  # what trains is stepped where it streams, before the norm is known
+        if (self.config.adapter is None and self.config.optimizer.clip is not None) or self.config.mesh.shard > 1:
+            # What trains is stepped where it streams, before the norm is known; and what is sharded does not stream.
+            asked = asked.model_copy(update={"swap": 0})
         choice = choose(asked, units, limit, judge)
         if choice is None:
             tried = self.config.model_copy(update={"memory": exhausted(asked)})

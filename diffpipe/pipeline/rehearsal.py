@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class Residency:
         moved: bytes copied to the device for one microbatch, when steps follow each other.
         stepped: bytes that go to the host in a step: of streamed weights that train, and of state that waits there.
         states: of the latter.
+        gathered: of sharded weights those that are whole at once, and on their way to be.
+        gradients: the most of them at once, where they are shared out; None where they stay as they come.
     """
 
     resident: int
@@ -59,6 +61,8 @@ class Residency:
     moved: int = 0
     stepped: int = 0
     states: int = 0
+    gathered: int = 0
+    gradients: int | None = None
 
 
 class Rehearsal:
@@ -111,18 +115,20 @@ class Rehearsal:
         ahead = max(count * self.card.seconds(peak.ahead), weights, activations)
         there, home = weights + activations + waiting / link, (held.stepped + waiting) / link
         back = max(count * self.card.seconds(peak.back), there + (states if early else 0), home if early else 0)
+        moment = peak.moment if held.gradients is None else replace(peak.moment, gradients=held.gradients)
         return Estimate(
             weights=held.resident,
             trained=held.trained,
             optimizer=held.optimizer,
             arena=held.arena,
             library=self.card.workspace,
-            moment=peak.moment,
+            moment=moment,
             homes=held.homes,
             buffers=peak.held,
             to_device=visits * held.moved + count * peak.moved + waiting + held.states,
             to_host=count * peak.moved + waiting + held.stepped,
             seconds=ahead + back + (0 if early else states),
+            gathered=held.gathered,
         )
 
     def _together(self, memory: MemoryConfig) -> bool:
@@ -201,6 +207,8 @@ class Rehearsal:
         return self.residencies[key]
 
     def _placed(self, timeline: Timeline, memory: MemoryConfig) -> Residency:
+        if self.config.mesh.shard > 1:
+            return self._shared()
         numbers = chosen(len(self.units), memory.swap)
         streams = {id(p) for n in numbers for name, p in self.units[n].named_parameters() if not is_adapter(name)}
         frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
@@ -225,6 +233,23 @@ class Rehearsal:
             steady.moved,
             stepped + moving,
             moving,
+        )
+
+    def _shared(self) -> Residency:
+        """Where weights lie that ranks share: a shard of each, and those whole that are gathered at once."""
+        shards, reshard = self.config.mesh.shard, self.config.mesh.reshard
+        shared = {id(p): rounded(p.nbytes) for name, p in self.part.named_parameters() if not is_adapter(name)}
+        units = sorted((sum(shared[id(p)] for p in unit.parameters() if id(p) in shared) for unit in self.units), reverse=True)
+        most = sum(shared.values()) - (sum(units[2:]) if reshard else 0)
+        trained = [p for p in self.part.parameters() if p.requires_grad]
+        frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
+        whole = self.config.adapter is None  # what trains is shared too
+        return Residency(
+            resident=sum(shared[id(t)] // shards if id(t) in shared else rounded(t.nbytes) for t in frozen),
+            trained=sum(shared[id(p)] // shards if id(p) in shared else rounded(p.nbytes) for p in trained),
+            optimizer=self.state // shards if whole else self.state,
+            gathered=most + units[0],  # the largest once more, as it arrives
+            gradients=most + self.trained // shards if whole and reshard else None,
         )
 
     def _apart(self, memory: MemoryConfig, every: bool) -> Sequence[int]:

@@ -52,6 +52,7 @@ class Estimate:
         homes: streamed weights in host memory.
         buffers: moved activations in host memory.
         to_device, to_host: copied in a step.
+        gathered: sharded weights that are whole at once.
     """
 
     weights: int
@@ -65,6 +66,7 @@ class Estimate:
     to_device: int
     to_host: int
     seconds: float
+    gathered: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
@@ -72,6 +74,7 @@ class Estimate:
         return {
             "weights": self.weights,
             "streamed weights": self.arena,
+            "gathered weights": self.gathered,
             "trained parameters": self.trained,
             "gradients": self.moment.gradients,
             "optimizer state": self.optimizer,
@@ -91,7 +94,9 @@ class Estimate:
     @property
     def always(self) -> dict[str, int]:
         """Of the parts those that every bucket has alike."""
-        return {name: self.parts[name] for name in ("weights", "streamed weights", "trained parameters", "optimizer state")}
+        return {
+            name: self.parts[name] for name in ("weights", "streamed weights", "gathered weights", "trained parameters", "optimizer state")
+        }
 
     def told(self) -> str:
         """The peak and its parts, for a person."""

@@ -55,10 +55,14 @@ def remedies(config: Config) -> Iterator[str]:
         yield "optimizer.kind: adamw8bit"
     if config.batch.micro > 1:
         yield f"batch.micro: 1 with batch.accumulate: {config.batch.micro * config.batch.accumulate}"
-    if memory.swap != "all":
+    if memory.swap != "all" and config.mesh.shard == 1:
         clipped = config.adapter is None and config.optimizer.clip is not None
         yield "memory.swap: auto or all" + (" with optimizer.clip: null" if clipped else "")
     if not memory.offload:
         yield "memory.offload: true"
+    if config.mesh.shard > 1 and not config.mesh.reshard:
+        yield "mesh.reshard: true"
     yield "more mesh.stages"
+    if memory.swap == 0:
+        yield "more mesh.shard"
     yield "smaller data.resolutions or data.frames"
