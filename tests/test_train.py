@@ -110,6 +110,7 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
     ("settings", "told"),
     [
         ({"mesh.stages": 2}, "torchrun --nproc_per_node=2"),
+        ({"mesh.shard": 2}, "torchrun --nproc_per_node=2"),
         ({"model.family": "wan"}, "expected: transformer/config.json of a WanTransformer3DModel"),
         ({"model.path": "nowhere"}, "model.path: nowhere: no such folder"),
         ({"optimiser.lr": 1}, "did you mean optimizer?"),

@@ -129,4 +129,9 @@ def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def gathered(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, which all ranks that hold it ask for together; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype.itemsize > 1:
+        return tensor.full_tensor()
+    # As bytes: gloo carries no fp8.
+    return beside(local(tensor).view(torch.uint8), tensor).full_tensor().view(tensor.dtype)  # pyright: ignore[reportAttributeAccessIssue]
