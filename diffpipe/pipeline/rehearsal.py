@@ -115,7 +115,9 @@ class Rehearsal:
         ahead = max(count * self.card.seconds(peak.ahead), weights, activations)
         there, home = weights + activations + waiting / link, (held.stepped + waiting) / link
         back = max(count * self.card.seconds(peak.back), there + (states if early else 0), home if early else 0)
-        moment = peak.moment if held.gradients is None else replace(peak.moment, gradients=held.gradients)
+        moment = peak.moment
+        if held.gradients is not None:
+            moment = replace(moment, gradients=min(moment.gradients, held.gradients))
         return Estimate(
             weights=held.resident,
             trained=held.trained,
