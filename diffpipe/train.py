@@ -56,7 +56,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
         Stopped: when the run was asked to stop before its last step.
     """
     config = materialize(config)
-    with open_mesh(config.mesh) as mesh:
+    with open_mesh(config.mesh, {**config.model_dump(mode="json"), "versions": versions()}) as mesh:
         return train_on(mesh, config, resume=resume, make_sinks=make_sinks)
 
 
