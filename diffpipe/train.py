@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
+from diffpipe.guard import Guard
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
@@ -33,20 +35,28 @@ from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.watch import Watch
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
 from diffpipe.versions import versions
 
 MakeSinks = Callable[[], list[Sink]]
+Tell = Callable[[DiffpipeError], None]
 
 
-def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+def print_fault(fault: DiffpipeError) -> None:
+    """Tell of a fault that no exception can bring to whoever called, since its process is ended."""
+    print(fault, file=sys.stderr, flush=True)
+
+
+def train(config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
     """Train as ``config`` says, in a new run folder or on from a checkpoint.
 
     Args:
         resume: None for a new run, "" for the newest run, else a run's name or folder.
         make_sinks: makes what shows the run to a person; called on the one rank that speaks for it.
+        tell: shows why this process is ended, when another rank is gone or hangs and this one may wait for it for ever.
 
     Returns:
         The run folder.
@@ -57,10 +67,10 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
     """
     config = materialize(config)
     with open_mesh(config.mesh, {**config.model_dump(mode="json"), "versions": versions()}) as mesh:
-        return train_on(mesh, config, resume=resume, make_sinks=make_sinks)
+        return train_on(mesh, config, resume=resume, make_sinks=make_sinks, tell=tell)
 
 
-def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
     """``train`` by processes that have met; toys are made already."""
     run = open_run(config, resume, mesh)
     sinks = open_sinks(run, mesh, make_sinks)
@@ -78,7 +88,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast).train()
+        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast, tell).train()
     except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
@@ -179,6 +189,7 @@ class Trainer:
         held_out: dict[str, Samples],
         pipeline: Pipeline,
         forecast: Forecast | None,
+        tell: Tell,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out, self.forecast = held_out, forecast
@@ -208,6 +219,8 @@ class Trainer:
         )
         self.feed = Feed(loader, mesh.device)
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
+        self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
+        self.watch = Watch(mesh, config.mesh.timeout, tell)
         self.device_peak = 0
         self.step = 0
         self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
@@ -215,6 +228,7 @@ class Trainer:
         if run.resumed is not None:
             state = load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
             self.step = state["step"]
+            self.guard.skipped, self.guard.in_a_row = state["skipped"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
@@ -222,7 +236,7 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step."""
-        with Signals(self.sinks.note) as signals:
+        with self.watch, Signals(self.sinks.note) as signals:
             self._train(Requests(self.mesh, [signals.take, self._asked_by_the_clock]))
 
     def _train(self, requests: Requests) -> None:
@@ -268,16 +282,31 @@ class Trainer:
             share = self._pass(batch)
             ran = self._now()
             gradients, norm = self._gradients()
-        self._check(norm, batch)
-        if self.config.optimizer.clip is not None:
+        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
+        moves = self._may_move(loss, norm.item(), batch)
+        if moves and self.config.optimizer.clip is not None:
             torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
         averaged = self._now()
-        self.release.step_rest()
+        if moves:
+            self.release.step_rest()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
+        self.watch.tick()
         end = self._now()
         computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
         return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+
+    def _may_move(self, loss: float, norm: float, batch: Batch) -> bool:
+        """Whether the step may move the weights; the run may end here instead, with its last checkpoint complete."""
+        try:
+            skipped = self.guard.judge(self.step + 1, loss, norm, batch, self.pipeline.shares)
+        except DiffpipeError:
+            self._finish_saving(wait=True)
+            raise
+        if skipped is not None:
+            self.sinks.note(skipped)
+        return skipped is None
 
     def _pass(self, batch: Batch) -> torch.Tensor:
         """Both passes of a step; once more by settings that hold less, where memory runs out and the config says so."""
@@ -337,20 +366,13 @@ class Trainer:
             device_peak=int(device_peak),
             host_peak=int(host_peak),
             graphs=int(compiled),
+            skipped=self.guard.skipped,
         )
 
     def _now(self) -> float:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
         return time.perf_counter()
-
-    def _check(self, norm: torch.Tensor, batch: Batch) -> None:
-        if not torch.isfinite(norm):
-            raise DiffpipeError(
-                f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
-                where="optimizer.lr",
-                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16",
-            )
 
     def evaluate(self) -> None:
         """The held-out loss of every set, at fixed quantiles and fixed noise."""
@@ -368,6 +390,7 @@ class Trainer:
             ):
                 with self._explained(f"the evaluation of bucket {batch.bucket}"):
                     loss = self.pipeline.evaluate(batch.microbatches).item()
+                self.watch.tick()
                 quantile = batch.quantile or 0.0
                 if self.mesh.stage == self.mesh.stages - 1:
                     sums[quantile][0] += loss * len(batch.samples)
@@ -386,6 +409,7 @@ class Trainer:
             "data": self.feed.state_dict(),
             "total": self.total,
             "cudnn_given_up": self.pipeline.attention.retreated,
+            "skipped": [self.guard.skipped, self.guard.in_a_row],
             "versions": versions(),
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
@@ -393,15 +417,18 @@ class Trainer:
         self._finish_saving(wait=not self.config.checkpoint.background)
 
     def _finish_saving(self, wait: bool) -> None:
-        if saved := self.checkpoints.finish(wait):
+        with self.watch.patient():
+            saved = self.checkpoints.finish(wait)
+        if saved is not None:
             self.sinks.note(f"checkpoint {saved.path}, for which training stood still {saved.stalled:.3f} s")
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
         self.pipeline.memory.settle()
-        for path in export_weights(
-            self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats
-        ):
+        folder = self.run.exports / f"step-{self.step:08d}"
+        with self.watch.patient():
+            paths = export_weights(self.config, self.model, self.module, self.mesh, folder, self.config.export.formats)
+        for path in paths:
             self.sinks.note(f"exported {path}")
 
     def _asked_by_the_clock(self) -> Request:

@@ -55,7 +55,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if self.mesh.world > 1:
-            self._store = self.mesh.store.clone()  # a connection of its own: the main thread may wait in the other
+            self._store = self.mesh.store.clone()  # pyright: ignore[reportAttributeAccessIssue] - a connection of its own: the main thread may wait in the other
             self._sign()
             self.mesh.barrier()
             self._thread.start()
