@@ -8,13 +8,17 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from diffpipe.errors import DiffpipeError
+from diffpipe.errors import DiffpipeError, Stopped
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run a command; a user's mistake becomes a short message and exit code 1, Ctrl-C becomes 130."""
+    """Run a command; a user's mistake becomes a short message and exit code 1, Ctrl-C becomes 130, a run that stopped when asked 75."""
     try:
         command()
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        raise typer.Exit(stop.CODE) from None
     except DiffpipeError as fault:
         show_fault(fault)
         raise typer.Exit(1) from None

@@ -1,68 +1,166 @@
-"""What a run needs to go on: trained weights, optimizer, random states and the place in the data."""
+"""What a run needs to go on: trained weights, optimizer, random states and the place in the data.
+
+A checkpoint is a folder: a safetensors file of every rank that held something, each tensor under the name of its parameter, and
+``state.json`` with the size and hash of each file. Which rank wrote a tensor is of no meaning when it is read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from diffpipe.errors import CheckpointError
+from diffpipe.config.schema import CheckpointConfig
+from diffpipe.errors import CheckpointError, DiffpipeError
+from diffpipe.export.files import write_safetensors
+from diffpipe.models.weights import open_files, realise
 from diffpipe.optim.state import restore_state, state_of
+from diffpipe.pipeline.memory.ferry import Ferry
 from diffpipe.pipeline.mesh import Mesh
 
 STATE = "state.json"  # written last: a folder without it is no checkpoint
 UNFINISHED = ".unfinished-"
+DAMAGED = "damaged-"
 
 
-def save(folder: Path, step: int, module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], mesh: Mesh, keep: int) -> Path:
-    """Write ``folder/step-N`` from all ranks, beside its final name and then renamed; keep the newest ``keep``.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete.
+
+    Attributes:
+        stalled: seconds that training stood still for it on this rank.
+    """
+
+    path: Path
+    stalled: float
+
+
+@dataclass
+class _Writing:
+    """A checkpoint under way: what this rank's thread will have written, by file name, as ``state.json`` lists it."""
+
+    step: int
+    state: Mapping[str, Any]
+    files: Future[dict[str, Any]]
+    stalled: float
+
+
+class Checkpoints:
+    """Writes a run's checkpoints, each in a thread while training goes on, one at a time.
 
     Args:
         folder: the run's ``checkpoints``.
-        module: this rank's part; its trained parameters are saved under their global names.
-        state: what else the run needs, as JSON.
-
-    Raises:
-        CheckpointError: when it cannot be written; older checkpoints stay.
+        pinned: page-lock the host memory that tensors are copied into.
     """
-    final = folder / f"step-{step:08d}"
-    aside = folder / f"{UNFINISHED}{final.name}"
-    if mesh.reporter:
-        for old in folder.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(old)
-        aside.mkdir(parents=True, exist_ok=True)
-    mesh.barrier()
-    tensors: dict[str, Any] = {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    tensors |= {f"optimizer.{k}": t for k, t in state_of(optimizer).items()}
-    tensors |= _random_states(mesh)
-    try:
-        dcp.save(tensors, storage_writer=FileSystemWriter(aside))
-    except (CheckpointException, OSError) as fault:
-        raise CheckpointError(
-            f"the checkpoint of step {step} could not be written, {shutil.disk_usage(folder).free >> 20} MiB free: {_first_line(fault)}",
-            where=str(folder),
-            fix="free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact",
-        ) from fault
-    if mesh.reporter:
-        write_durably(aside / STATE, json.dumps({"step": step, **state}, indent=1).encode())
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    mesh.barrier()
-    return final
+
+    def __init__(self, folder: Path, mesh: Mesh, config: CheckpointConfig, pinned: bool) -> None:
+        self.folder, self.mesh, self.config = folder, mesh, config
+        self._ferry = Ferry(mesh.device, pinned, torch.get_device_module(mesh.device))
+        self._hosts: dict[str, Tensor] = {}  # where tensors are copied, from one checkpoint to the next
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: _Writing | None = None
+
+    def save(self, step: int, module: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+        """Begin to write ``step-N``; every rank calls this. The one before must be finished, and so must this one before anything is
+        trained on where it is not written in the background.
+
+        Args:
+            module: this rank's part; its trained parameters are saved under their global names.
+            state: what else the run needs, as JSON.
+
+        Raises:
+            CheckpointError: when the folder cannot be made.
+        """
+        begun = perf_counter()
+        assert self._writing is None, "one is written at a time"
+        self.mesh.decide(lambda: self._make_room(step))
+        tensors = _random_states(self.mesh)
+        if self.mesh.replica == 0:  # the others hold the same
+            tensors |= {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
+            tensors |= {f"optimizer.{k}": t for k, t in state_of(optimizer).items()}
+        if self.config.background:
+            tensors = self._copied(tensors)
+        file = self._aside(step) / f"rank-{self.mesh.rank:05d}.safetensors"
+        self._writing = _Writing(step, state, self._thread.submit(_write, file, tensors), perf_counter() - begun)
+
+    def finish(self, wait: bool) -> Saved | None:
+        """Give the checkpoint under way its name once all ranks have written theirs, and remove what is too old; every rank calls this.
+
+        Args:
+            wait: until they have; otherwise None where they have not.
+
+        Raises:
+            CheckpointError: on every rank, when any could not write; older checkpoints stay.
+        """
+        if (writing := self._writing) is None:
+            return None
+        if not wait and self.mesh.largest(float(not writing.files.done()))[0]:
+            return None
+        self._writing = None
+        fault = writing.files.exception()  # waits
+        if fault is not None and not isinstance(fault, DiffpipeError):
+            raise fault
+        found = self.mesh.exchange(fault or writing.files.result())
+        faults = [each for each in found if isinstance(each, DiffpipeError)]
+        if faults:
+            free = shutil.disk_usage(self.folder).free >> 20
+            raise CheckpointError(
+                f"the checkpoint of step {writing.step} could not be written, {free} MiB free: {faults[0].found}",
+                where=str(self.folder),
+                fix="free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact",
+            )
+        files = {name: about for each in found for name, about in each.items()}
+        return Saved(self.mesh.decide(lambda: self._name(writing, files)), writing.stalled)
+
+    def _copied(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        hosts = self._hosts
+        for name, tensor in tensors.items():
+            if name not in hosts or (hosts[name].shape, hosts[name].dtype) != (tensor.shape, tensor.dtype):
+                hosts[name] = self._ferry.host_like(tensor)
+        self._ferry.send(list(tensors.values()), [hosts[name] for name in tensors])
+        self._ferry.settle()
+        return {name: hosts[name] for name in tensors}
+
+    def _aside(self, step: int) -> Path:
+        return self.folder / f"{UNFINISHED}step-{step:08d}"
+
+    def _make_room(self, step: int) -> None:
+        with _told(self.folder, f"no checkpoint of step {step} can be written"):
+            for old in self.folder.glob("*step-*"):
+                if old.name.startswith(UNFINISHED) or not (old / STATE).is_file():  # what a kill left of a writing, or of a removal
+                    shutil.rmtree(old)
+            self._aside(step).mkdir(parents=True)
+
+    def _name(self, writing: _Writing, files: Mapping[str, Any]) -> Path:
+        aside, final = self._aside(writing.step), self.folder / f"step-{writing.step:08d}"
+        with _told(self.folder, f"the checkpoint of step {writing.step} could not be completed"):
+            if missing := [name for name in files if not (aside / name).is_file()]:
+                raise CheckpointError(
+                    f"{missing[0]} of the checkpoint of step {writing.step} cannot be seen here",
+                    where=str(self.folder),
+                    expected="a folder that all machines of the run share",
+                    fix="set output_dir to one",
+                )
+            write_durably(aside / STATE, json.dumps({"step": writing.step, "files": files, **writing.state}, indent=1).encode())
+            _sync(aside)
+            os.replace(aside, final)
+            _sync(self.folder)
+            for old in list_checkpoints(self.folder)[: -self.config.keep]:
+                (old / STATE).unlink()  # first, so that no kill leaves half of one that looks whole
+                shutil.rmtree(old)
+        return final
 
 
 def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_host: Collection[nn.Parameter] = ()) -> dict[str, Any]:
@@ -74,24 +172,23 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
     Raises:
         CheckpointError: when the checkpoint does not hold what this part trains.
     """
-    reader = FileSystemReader(path)
-    held = _held(reader, path)
+    state = read_state(path)
+    held = open_files([path / name for name in state["files"]])
     trained = {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
     for key, tensor in trained.items():
-        if key not in held or held[key].size != tensor.shape:
-            found = f"has it as {tuple(held[key].size)}" if key in held else "does not have it"
+        if key not in held or held[key].shape != tensor.shape:
+            found = f"has it as {tuple(held[key].shape)}" if key in held else "does not have it"
             raise CheckpointError(
                 f"the config trains {key.removeprefix('model.')} {tuple(tensor.shape)}, the checkpoint {found}",
                 where=str(path),
                 fix="resume with the model and adapter sections that the run started with (config.yaml in the run folder)",
             )
+        tensor.copy_(realise(held[key]))
     names = {key.removeprefix("model.") for key in trained}
-    state = {k: _empty(m) for k, m in held.items() if k.startswith("optimizer.") and k.removeprefix("optimizer.").split("//")[0] in names}
-    random = {k: _empty(held[k]) for k in _random_states(mesh) if k in held}
-    dcp.load({**trained, **state, **random}, storage_reader=reader)
-    restore_state(optimizer, {k.removeprefix("optimizer."): t for k, t in state.items()}, on_host)
-    _restore_random(random, mesh)
-    return read_state(path)
+    own = {k.removeprefix("optimizer."): t for k, t in held.items() if k.startswith("optimizer.")}
+    restore_state(optimizer, {k: realise(t) for k, t in own.items() if k.split("//")[0] in names}, on_host)
+    _restore_random({k: realise(held[k]) for k in _random_states(mesh) if k in held}, mesh)
+    return state
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -99,16 +196,44 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint by parameter name, on the CPU, without any process group."""
-    reader = FileSystemReader(path)
-    weights = {k: _empty(m) for k, m in _held(reader, path).items() if k.startswith("model.")}
-    dcp.load(dict(weights), storage_reader=reader, no_dist=True)
-    return {k.removeprefix("model."): t for k, t in weights.items()}
+    """The trained weights of a checkpoint by parameter name, on the CPU, without any process group.
+
+    Raises:
+        CheckpointError: when a file of it is not what was written.
+    """
+    if found := damage(path):
+        raise CheckpointError(f"is damaged: {found}", where=str(path), fix="take an older checkpoint")
+    held = open_files([path / name for name in read_state(path)["files"]])
+    return {k.removeprefix("model."): realise(t) for k, t in held.items() if k.startswith("model.")}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted(p.parent for p in folder.glob(f"step-*/{STATE}"))
+
+
+def damage(path: Path, mesh: Mesh | None = None) -> str:
+    """What shows that a checkpoint's files are not those that were written; nothing where they are.
+
+    Args:
+        mesh: whose ranks share the reading, where all of them call this.
+    """
+    rank, world = (0, 1) if mesh is None else (mesh.rank, mesh.world)
+    try:
+        files = read_state(path)["files"].items()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = f"{STATE} cannot be read"
+    else:
+        own = "; ".join(filter(None, (_damage(path / name, **about) for name, about in sorted(files)[rank::world])))
+    return own if mesh is None else next(filter(None, mesh.exchange(own)), "")
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither taken for a good one nor lost."""
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(path, aside)
+    return aside
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -121,18 +246,45 @@ def write_durably(path: Path, content: bytes) -> None:
     os.replace(aside, path)
 
 
-def _held(reader: FileSystemReader, path: Path) -> dict[str, TensorStorageMetadata]:
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    write_safetensors(file, tensors, {})
+    return {file.name: {"size": file.stat().st_size, "hash": _hash(file)}}
+
+
+def _hash(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _damage(file: Path, size: int, hash: str) -> str:
     try:
-        metadata = reader.read_metadata().state_dict_metadata
-    except (OSError, EOFError, CheckpointException) as fault:
+        if (found := file.stat().st_size) != size:
+            return f"{file.name} has {found} bytes of {size}"
+        return "" if _hash(file) == hash else f"{file.name} has other bytes than were written"
+    except OSError as fault:
+        return f"{file.name}: {fault.strerror or fault}"
+
+
+def _sync(folder: Path) -> None:
+    """Have a folder's names on disk, where the system can; Windows writes them itself."""
+    with suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+@contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as fault:
         raise CheckpointError(
-            f"not a readable checkpoint: {_first_line(fault)}", where=str(path), fix="resume from an older one"
+            f"{what}: {fault.strerror or fault}",
+            where=str(folder),
+            fix="free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact",
         ) from fault
-    return {k: m for k, m in metadata.items() if isinstance(m, TensorStorageMetadata)}
-
-
-def _empty(metadata: TensorStorageMetadata) -> Tensor:
-    return torch.empty(metadata.size, dtype=metadata.properties.dtype)
 
 
 def _random_states(mesh: Mesh) -> dict[str, Tensor]:
@@ -149,8 +301,3 @@ def _restore_random(states: Mapping[str, Tensor], mesh: Mesh) -> None:
             torch.cuda.set_rng_state(state, mesh.device)
         else:
             torch.set_rng_state(state)
-
-
-def _first_line(fault: BaseException) -> str:
-    lines = [line for line in str(fault).splitlines() if line.strip()]
-    return lines[-1].strip() if isinstance(fault, CheckpointException) and lines else (lines[0] if lines else type(fault).__name__)

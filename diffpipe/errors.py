@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class DiffpipeError(Exception):
@@ -47,6 +48,20 @@ class CheckpointError(DiffpipeError):
 
 class ShortageError(DiffpipeError):
     """A device has no memory left."""
+
+
+class Stopped(Exception):
+    """A run that was asked to stop and did, with a checkpoint to go on from; no fault.
+
+    Args:
+        folder: the run's.
+        step: the last that was trained.
+    """
+
+    CODE = 75  # of the process: what sysexits.h calls a temporary failure, to be tried again
+
+    def __init__(self, folder: Path, step: int) -> None:
+        super().__init__(f"stopped behind step {step}; --resume {folder} goes on")
 
 
 def causes(fault: BaseException) -> Iterator[BaseException]:

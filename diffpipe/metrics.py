@@ -32,6 +32,7 @@ class StepRecord:
     device_peak: int
     host_peak: int
     graphs: int = 0  # compiled so far, the most of all ranks
+    skipped: int = 0  # steps of the run so far that moved no weights
 
     @property
     def samples_per_second(self) -> float:
@@ -148,6 +149,7 @@ class TensorBoardSink:
             "memory/device": record.device_peak / GIB,
             "memory/host": record.host_peak / GIB,
             "compile/graphs": record.graphs,
+            "train/skipped": record.skipped,
         }
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, record.step)

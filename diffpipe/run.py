@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from diffpipe.checkpoint import list_checkpoints, write_durably
+from diffpipe.checkpoint import damage, list_checkpoints, read_state, set_aside, write_durably
+from diffpipe.config.load import differences
 from diffpipe.config.schema import Config
-from diffpipe.errors import ConfigError, DiffpipeError
+from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
+from diffpipe.pipeline.mesh import Mesh
+from diffpipe.versions import versions
 
 CONFIG = "config.yaml"
+LAUNCH = "launch.txt"  # which launch of torchrun the run belongs to
 
 
 @dataclass(frozen=True)
@@ -23,12 +29,14 @@ class Run:
     Attributes:
         folder: named by the time the run began.
         resumed: the checkpoint to go on from, None for a fresh run.
-        changes: what differs between the config given now and the one the run had.
+        changes: what differs between the config and versions now and those the run had.
+        passed: damaged checkpoints newer than ``resumed``, and what shows it.
     """
 
     folder: Path
     resumed: Path | None = None
     changes: tuple[str, ...] = ()
+    passed: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -47,28 +55,80 @@ class Run:
         return self.folder / "log.txt"
 
 
-def open_run(config: Config, resume: str | None) -> Run:
-    """A new run folder under ``output_dir``, or an earlier one to go on with.
+def open_run(config: Config, resume: str | None, mesh: Mesh) -> Run:
+    """A new run folder under ``output_dir``, or an earlier one to go on with; every rank calls this.
+
+    A process that torchrun started again goes on with its own run, whatever ``resume`` says, once that has a checkpoint.
 
     Args:
         resume: None for a new run, "" for the newest that has a checkpoint, else a run's name or folder.
 
     Raises:
-        DiffpipeError: when there is nothing to resume from, or the folder cannot be written.
+        DiffpipeError: when there is nothing to resume from, the folder cannot be written, or steps would have other samples.
     """
-    if resume is not None:
-        return _reopen(config, find_run(config.output_dir, resume))
+    launch = launched_as()
+    earlier = mesh.decide(lambda: _earlier(config, resume, launch))
+    if earlier is None:
+        return mesh.decide(lambda: _begin(config, launch))
+    passed: list[str] = []
+    newest = mesh.decide(lambda: _newest(earlier, passed))
+    while found := damage(newest, mesh):
+        aside = mesh.decide(partial(set_aside, newest))
+        passed.append(f"{newest.name} is damaged ({found}), kept as {aside.name}")
+        newest = mesh.decide(lambda: _newest(earlier, passed))
+    return mesh.decide(partial(_reopen, config, earlier, newest, passed, launch))
+
+
+def _earlier(config: Config, resume: str | None, launch: Launch | None) -> Path | None:
+    if launch is not None and launch.again:
+        for folder in reversed(_runs(config.output_dir)):
+            if (folder / LAUNCH).is_file() and (folder / LAUNCH).read_text(encoding="utf-8") == launch.name:
+                return folder
+    return None if resume is None else find_run(config.output_dir, resume)
+
+
+def _begin(config: Config, launch: Launch | None) -> Run:
     name = datetime.now().strftime("%Y%m%d-%H%M%S")
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         folder = next(f for i in range(1000) if not (f := config.output_dir / (f"{name}-{i}" if i else name)).exists())
         folder.mkdir()
+        _claim(folder, launch)
         write_durably(folder / CONFIG, dump(config))
     except OSError as fault:
         raise DiffpipeError(
             f"the run folder cannot be made: {fault}", where="output_dir", fix="name a folder that can be written"
         ) from fault
     return Run(folder)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun started this process for.
+
+    Attributes:
+        name: the same for all processes of one launch, however often they are started.
+        again: whether they were started before.
+    """
+
+    name: str
+    again: bool
+
+
+def launched_as() -> Launch | None:
+    """The launch of this process; None where torchrun did not start it."""
+    if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
+        return None
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name == "none":  # the same for every launch with a fixed port, which only one can have at a time
+        name = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return Launch(name, int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0)
+
+
+def _claim(folder: Path, launch: Launch | None) -> None:
+    """Say which launch a run belongs to."""
+    if launch is not None:
+        write_durably(folder / LAUNCH, launch.name.encode())
 
 
 def find_run(output_dir: Path, name: str) -> Path:
@@ -78,23 +138,62 @@ def find_run(output_dir: Path, name: str) -> Path:
             if (folder / CONFIG).is_file():
                 return folder
         raise ConfigError(f"no run at {name!r}", where="--resume", expected=f"a run folder, or the name of one in {output_dir}")
-    runs = [p.parent for p in sorted(output_dir.glob(f"*/{CONFIG}")) if list_checkpoints(p.parent / "checkpoints")]
+    runs = _runs(output_dir)
     if not runs:
         raise ConfigError(f"no run in {output_dir} has a checkpoint", where="--resume", fix="train without --resume, or name the run")
     return runs[-1]
 
 
-def _reopen(config: Config, folder: Path) -> Run:
+def _runs(output_dir: Path) -> list[Path]:
+    """Runs that have a checkpoint, oldest first."""
+    return [p.parent for p in sorted(output_dir.glob(f"*/{CONFIG}")) if list_checkpoints(p.parent / "checkpoints")]
+
+
+def _newest(folder: Path, passed: list[str]) -> Path:
     checkpoints = list_checkpoints(folder / "checkpoints")
     if not checkpoints:
+        if passed:
+            raise CheckpointError(f"no checkpoint is left: {'; '.join(passed)}", where=str(folder), fix="train without --resume")
         raise ConfigError(f"{folder} has no complete checkpoint", where="--resume", fix="train without --resume")
+    return checkpoints[-1]
+
+
+def _reopen(config: Config, folder: Path, checkpoint: Path, passed: list[str], launch: Launch | None) -> Run:
+    state = read_state(checkpoint)
+    check_batch(config, state["data"]["group"], checkpoint)
     earlier = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changes = differences(earlier, yaml.safe_load(dump(config)))
+    changes = _changes(earlier, yaml.safe_load(dump(config)))
     if changes:
         # The config that the run had so far is kept beside the one it goes on with.
-        write_durably(folder / f"config.until-{checkpoints[-1].name}.yaml", (folder / CONFIG).read_bytes())
+        write_durably(folder / f"config.until-{checkpoint.name}.yaml", (folder / CONFIG).read_bytes())
         write_durably(folder / CONFIG, dump(config))
-    return Run(folder, checkpoints[-1], tuple(changes))
+    changes += _changes(state["versions"], versions())
+    _claim(folder, launch)
+    return Run(folder, checkpoint, tuple(changes), tuple(passed))
+
+
+def check_batch(config: Config, before: int, checkpoint: Path) -> None:
+    """Refuse samples per step that are not those of a checkpoint, unless the config says that they may change.
+
+    Args:
+        before: samples per step of the run that wrote it.
+
+    Raises:
+        ConfigError: with the batch section that would keep them, where there is one.
+    """
+    batch, replicate = config.batch, config.mesh.replicate
+    now = batch.micro * batch.accumulate * replicate
+    if now == before or batch.may_change:
+        return
+    share, rest = divmod(before, batch.micro * replicate)
+    keep = f"set batch.accumulate to {share}" if not rest else f"take a batch.micro and mesh.replicate whose product divides {before}"
+    raise ConfigError(
+        f"{now} samples a step (micro {batch.micro} x accumulate {batch.accumulate} x mesh.replicate {replicate}),"
+        f" but {checkpoint.name} was saved with {before}",
+        where="batch",
+        expected=f"{before}, which give the same samples on any mesh",
+        fix=f"{keep}; or set batch.may_change to true, to go on with {now} from the samples not seen yet",
+    )
 
 
 def dump(config: Config) -> bytes:
@@ -102,11 +201,6 @@ def dump(config: Config) -> bytes:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
 
 
-def differences(before: Any, after: Any, key: str = "") -> list[str]:
+def _changes(before: Any, after: Any) -> list[str]:
     """One line for each key whose value is not the same."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        lines: list[str] = []
-        for name in [*before, *(n for n in after if n not in before)]:
-            lines += differences(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
-        return lines
-    return [] if before == after else [f"{key} was {before!r}, now {after!r}"]
+    return [f"{key} was {old!r}, now {new!r}" for key, old, new in differences(before, after)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from diffpipe import checkpoint
+from diffpipe.checkpoint import Checkpoints, load, read_state
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
@@ -21,9 +22,10 @@ from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.encode import cache_folder, prepare_data
-from diffpipe.errors import DiffpipeError, ShortageError
+from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
+from diffpipe.guard import Guard
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
@@ -33,33 +35,44 @@ from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.watch import Watch
+from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
+from diffpipe.versions import versions
 
 MakeSinks = Callable[[], list[Sink]]
+Tell = Callable[[DiffpipeError], None]
 
 
-def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+def print_fault(fault: DiffpipeError) -> None:
+    """Tell of a fault that no exception can bring to whoever called, since its process is ended."""
+    print(fault, file=sys.stderr, flush=True)
+
+
+def train(config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
     """Train as ``config`` says, in a new run folder or on from a checkpoint.
 
     Args:
         resume: None for a new run, "" for the newest run, else a run's name or folder.
         make_sinks: makes what shows the run to a person; called on the one rank that speaks for it.
+        tell: shows why this process is ended, when another rank is gone or hangs and this one may wait for it for ever.
 
     Returns:
         The run folder.
 
     Raises:
         DiffpipeError: for whatever the user can cure.
+        Stopped: when the run was asked to stop before its last step.
     """
     config = materialize(config)
-    with open_mesh(config.mesh) as mesh:
-        return train_on(mesh, config, resume=resume, make_sinks=make_sinks)
+    with open_mesh(config.mesh, {**config.model_dump(mode="json"), "versions": versions()}) as mesh:
+        return train_on(mesh, config, resume=resume, make_sinks=make_sinks, tell=tell)
 
 
-def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
     """``train`` by processes that have met; toys are made already."""
-    run = mesh.decide(lambda: open_run(config, resume))
+    run = open_run(config, resume, mesh)
     sinks = open_sinks(run, mesh, make_sinks)
     try:
         model = make_model(config.model, config.objective)
@@ -75,8 +88,8 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast).train()
-    except DiffpipeError as fault:
+        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast, tell).train()
+    except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
         raise
@@ -119,12 +132,14 @@ def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
         return Sinks([])
     sinks = Sinks(
         [
-            TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None),
+            TensorBoardSink(run.tensorboard, read_state(run.resumed)["step"] if run.resumed else None),
             TextSink.to_file(run.log),
             *make_sinks(),
         ]
     )
     sinks.note(f"run folder {run.folder}")
+    for damaged in run.passed:
+        sinks.note(damaged)
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
     for change in run.changes:
@@ -174,6 +189,7 @@ class Trainer:
         held_out: dict[str, Samples],
         pipeline: Pipeline,
         forecast: Forecast | None,
+        tell: Tell,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out, self.forecast = held_out, forecast
@@ -203,12 +219,16 @@ class Trainer:
         )
         self.feed = Feed(loader, mesh.device)
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
+        self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
+        self.watch = Watch(mesh, config.mesh.timeout, tell)
         self.device_peak = 0
         self.step = 0
+        self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
         if run.resumed is not None:
-            state = checkpoint.load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
+            state = load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
             self.step = state["step"]
+            self.guard.skipped, self.guard.in_a_row = state["skipped"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
@@ -216,24 +236,31 @@ class Trainer:
 
     def train(self) -> None:
         """Run to the last step."""
+        with self.watch, Signals(self.sinks.note) as signals:
+            self._train(Requests(self.mesh, [signals.take, self._asked_by_the_clock]))
+
+    def _train(self, requests: Requests) -> None:
+        config = self.config
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
-            if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
+            if self.step % config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
-            last = self.step == self.total
-            if last or _due(self.step, self.config.eval.every_steps):
+            last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
+            if last or _due(self.step, config.eval.every_steps):
                 self.evaluate()
-            if last or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
+            asked = requests.agreed()
+            self._finish_saving(wait=False)
+            if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
-            if (
-                last
-                or _due(self.step, self.config.export.every_steps)
-                or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs))
-            ):
+            if last or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
+            if last or Request.STOP in asked:
+                self._finish_saving(wait=True)
+            if Request.STOP in asked and not last:
+                raise Stopped(self.run.folder, self.step)
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
@@ -255,16 +282,31 @@ class Trainer:
             share = self._pass(batch)
             ran = self._now()
             gradients, norm = self._gradients()
-        self._check(norm, batch)
-        if self.config.optimizer.clip is not None:
+        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
+        moves = self._may_move(loss, norm.item(), batch)
+        if moves and self.config.optimizer.clip is not None:
             torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
         averaged = self._now()
-        self.release.step_rest()
+        if moves:
+            self.release.step_rest()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
+        self.watch.tick()
         end = self._now()
         computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
         return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+
+    def _may_move(self, loss: float, norm: float, batch: Batch) -> bool:
+        """Whether the step may move the weights; the run may end here instead, with its last checkpoint complete."""
+        try:
+            skipped = self.guard.judge(self.step + 1, loss, norm, batch, self.pipeline.shares)
+        except DiffpipeError:
+            self._finish_saving(wait=True)
+            raise
+        if skipped is not None:
+            self.sinks.note(skipped)
+        return skipped is None
 
     def _pass(self, batch: Batch) -> torch.Tensor:
         """Both passes of a step; once more by settings that hold less, where memory runs out and the config says so."""
@@ -324,22 +366,13 @@ class Trainer:
             device_peak=int(device_peak),
             host_peak=int(host_peak),
             graphs=int(compiled),
+            skipped=self.guard.skipped,
         )
 
     def _now(self) -> float:
         if self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
         return time.perf_counter()
-
-    def _check(self, norm: torch.Tensor, batch: Batch) -> None:
-        if not torch.isfinite(norm):
-            cudnn = ", or model.attention sdpa" if self.pipeline.attention.cudnn else ""
-            raise DiffpipeError(
-                f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
-                where="optimizer.lr",
-                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16"
-                + cudnn,
-            )
 
     def evaluate(self) -> None:
         """The held-out loss of every set, at fixed quantiles and fixed noise."""
@@ -357,6 +390,7 @@ class Trainer:
             ):
                 with self._explained(f"the evaluation of bucket {batch.bucket}"):
                     loss = self.pipeline.evaluate(batch.microbatches).item()
+                self.watch.tick()
                 quantile = batch.quantile or 0.0
                 if self.mesh.stage == self.mesh.stages - 1:
                     sums[quantile][0] += loss * len(batch.samples)
@@ -368,25 +402,39 @@ class Trainer:
             self.sinks.evaluation(EvalRecord(self.step, name, sum(by_quantile.values()) / len(by_quantile), by_quantile))
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint, and wait for it where it is not written in the background."""
+        self._finish_saving(wait=True)
         self.pipeline.memory.settle()
-        state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_given_up": self.pipeline.attention.retreated}
-        path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
+        state = {
+            "data": self.feed.state_dict(),
+            "total": self.total,
+            "cudnn_given_up": self.pipeline.attention.retreated,
+            "skipped": [self.guard.skipped, self.guard.in_a_row],
+            "versions": versions(),
+        }
+        self.checkpoints.save(self.step, self.module, self.optimizer, state)
         self.saved_at = time.monotonic()
-        self.sinks.note(f"checkpoint {path}")
+        self._finish_saving(wait=not self.config.checkpoint.background)
+
+    def _finish_saving(self, wait: bool) -> None:
+        with self.watch.patient():
+            saved = self.checkpoints.finish(wait)
+        if saved is not None:
+            self.sinks.note(f"checkpoint {saved.path}, for which training stood still {saved.stalled:.3f} s")
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
         self.pipeline.memory.settle()
-        for path in export_weights(
-            self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats
-        ):
+        folder = self.run.exports / f"step-{self.step:08d}"
+        with self.watch.patient():
+            paths = export_weights(self.config, self.model, self.module, self.mesh, folder, self.config.export.formats)
+        for path in paths:
             self.sinks.note(f"exported {path}")
 
-    def _minutes_are_up(self) -> bool:
-        """Whether a checkpoint is due by the clock of the reporter, since clocks differ."""
+    def _asked_by_the_clock(self) -> Request:
+        """Whether a checkpoint is due by the clock of this rank; the first whose minutes are up asks for all."""
         minutes = self.config.checkpoint.every_minutes
-        return minutes is not None and self.mesh.decide(lambda: time.monotonic() - self.saved_at >= 60 * minutes)
+        return Request.CHECKPOINT if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes else NOTHING
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:
@@ -403,5 +451,5 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
     return total
 
 
-def _due(count: int, every: int | None) -> bool:
-    return every is not None and count % every == 0
+def _due(count: int | None, every: int | None) -> bool:
+    return count is not None and every is not None and count % every == 0

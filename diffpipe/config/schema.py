@@ -40,6 +40,13 @@ class MeshConfig(Section):
         default=None, description="The unit at which each stage after the first begins, counted from 0; null balances parameter bytes."
     )
 
+    timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds in which some rank must get on, and each give a sign of life, once training has begun; otherwise all end and"
+        " name those at fault. Longer than the longest step.",
+    )
+
     @model_validator(mode="after")
     def _partition_fits(self) -> MeshConfig:
         if self.partition is not None:
@@ -54,6 +61,11 @@ class BatchConfig(Section):
     micro: Positive = Field(default=1, description="Samples per microbatch on each replica.")
     accumulate: Positive = Field(
         default=1, description="Microbatches per optimizer step on each replica; fill the pipeline with 2-4 x mesh.stages."
+    )
+    may_change: bool = Field(
+        default=False,
+        description="Whether a run may go on with other samples per step (micro x accumulate x mesh.replicate) than it was saved with."
+        " With the same number it sees the same samples on any mesh; with another, those that the epoch has not shown yet.",
     )
 
 
@@ -177,6 +189,12 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; parameters with one dim never decay.")
     clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm over all stages; null does not clip.")
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What a step does whose loss or gradient is NaN or infinite: `stop` ends the run, `skip` moves no weights and goes on;"
+        " both name the files. Blocks that are stepped in the backward pass cannot be skipped.",
+    )
+    nan_limit: Positive = Field(default=10, description="Steps in a row, the last of them included, at which `skip` ends the run too.")
     release: bool = Field(
         default=False,
         description="Step each block as soon as its last backward pass of a step is over, so that no gradient outlives it; between"
@@ -332,7 +350,12 @@ class EvalConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Positive | None = Field(default=None, description="Steps between checkpoints; one is always written at the end.")
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
+    every_epochs: Positive | None = Field(default=None, description="Epochs between checkpoints.")
     keep: Positive = Field(default=3, description="Newest checkpoints kept.")
+    background: bool = Field(
+        default=True,
+        description="Write while training goes on, from a copy in host memory of as many bytes; false copies nothing and waits.",
+    )
 
 
 class ExportConfig(Section):
@@ -472,6 +495,15 @@ class Config(Section):
             raise ValueError(
                 f"{why}, so that blocks are stepped in the backward pass: optimizer.clip must be null, found {self.optimizer.clip},"
                 " since the norm is known only behind it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _skipping_fits(self) -> Config:
+        if self.steps_in_backward and self.optimizer.on_nan == "skip":
+            raise ValueError(
+                "optimizer.on_nan is skip, but blocks are stepped in the backward pass (optimizer.release, or memory.swap without"
+                " adapter), before it shows what is not finite; set it to stop"
             )
         return self
 

@@ -1,0 +1,103 @@
+"""What a run is asked to do while it trains: looked at once, behind every step, and agreed on by all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from enum import Flag, auto
+from functools import reduce
+from operator import or_
+from time import monotonic
+from typing import Any
+
+from diffpipe.pipeline.mesh import Mesh
+
+# A terminal's Ctrl-C, a system that shuts down, and what schedulers send ahead of taking a machine away; Windows lacks the last.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+SAME = 1.0  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
+
+
+class Request(Flag):
+    """What may be asked for; a run that stops writes a checkpoint first."""
+
+    CHECKPOINT = auto()
+    STOP = auto()
+
+
+NOTHING = Request(0)
+
+
+class Requests:
+    """All who may ask, as one.
+
+    Args:
+        sources: each gives what was asked for since it was last called, on this rank; ranks may be asked for different things.
+    """
+
+    def __init__(self, mesh: Mesh, sources: Sequence[Callable[[], Request]]) -> None:
+        self.mesh, self.sources = mesh, sources
+
+    def agreed(self) -> Request:
+        """What any rank was asked for since the last call, the same on every rank."""
+        own = reduce(or_, (source() for source in self.sources), NOTHING)
+        kinds = list(Request)
+        flags = self.mesh.largest(*(float(kind in own) for kind in kinds))
+        return reduce(or_, (kind for kind, flag in zip(kinds, flags, strict=True) if flag), NOTHING)
+
+
+class Signals:
+    """Takes signals as requests to stop, from when it is entered until it is left.
+
+    A second Ctrl-C ends the process at once. Signals are read in a thread, since Python runs no handler while its main thread waits
+    for another rank; the other signals may come again and again, as schedulers send them.
+
+    Args:
+        note: tells a person that the signal was heard.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
+        self.stopping = threading.Event()
+        self._before: dict[Any, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            self._reader, self._writer = socket.socketpair()
+            self._writer.setblocking(False)
+            self._before = {each: signal.signal(each, _heard) for each in SIGNALS}
+            self._fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._fd)
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
+            self._writer.close()
+
+    def take(self) -> Request:
+        """Whether a signal came; nothing takes it back."""
+        return Request.STOP if self.stopping.is_set() else NOTHING
+
+    def _listen(self) -> None:
+        first: int | None = None
+        since = 0.0
+        while number := self._reader.recv(1):
+            came = number[0]
+            if came not in SIGNALS:
+                continue
+            if first is None:
+                first, since = came, monotonic()
+                self.stopping.set()
+                self.note(f"{signal.Signals(came).name}: stops behind this step, with a checkpoint; Ctrl-C ends it at once")
+            elif signal.SIGINT in (first, came) and monotonic() - since > SAME:
+                os._exit(130)  # torchrun passes a second Ctrl-C on as SIGTERM
+        self._reader.close()
+
+
+def _heard(number: int, frame: object) -> None:
+    """Python's own handler of a signal that the thread reads."""
