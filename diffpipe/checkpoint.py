@@ -20,15 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from diffpipe.config.schema import CheckpointConfig
 from diffpipe.errors import CheckpointError, DiffpipeError
 from diffpipe.export.files import write_safetensors
 from diffpipe.models.weights import open_files, realise
-from diffpipe.optim.state import restore_state, state_of
+from diffpipe.optim.state import by_element, restore_state, state_of
 from diffpipe.pipeline.memory.ferry import Ferry
 from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.shard import joined, local, piece_name, shard_of
 
 STATE = "state.json"  # written last: a folder without it is no checkpoint
 UNFINISHED = ".unfinished-"
@@ -87,9 +89,8 @@ class Checkpoints:
         assert self._writing is None, "one is written at a time"
         self.mesh.decide(lambda: self._make_room(step))
         tensors = _random_states(self.mesh)
-        if self.mesh.replica == 0:  # the others hold the same
-            tensors |= {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
-            tensors |= {f"optimizer.{k}": t for k, t in state_of(optimizer).items()}
+        if self.mesh.replica < self.mesh.shards:  # the others hold the same
+            tensors |= _held(module, optimizer, self.mesh)
         if self.config.background:
             tensors = self._copied(tensors)
         file = self._aside(step) / f"rank-{self.mesh.rank:05d}.safetensors"
@@ -173,7 +174,8 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
         CheckpointError: when the checkpoint does not hold what this part trains.
     """
     state = read_state(path)
-    held = open_files([path / name for name in state["files"]])
+    files = open_files([path / name for name in state["files"]])
+    held = joined(files)
     trained = {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
     for key, tensor in trained.items():
         if key not in held or held[key].shape != tensor.shape:
@@ -183,10 +185,15 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
                 where=str(path),
                 fix="resume with the model and adapter sections that the run started with (config.yaml in the run folder)",
             )
-        tensor.copy_(realise(held[key]))
-    names = {key.removeprefix("model.") for key in trained}
-    own = {k.removeprefix("optimizer."): t for k, t in held.items() if k.startswith("optimizer.")}
-    restore_state(optimizer, {k: realise(t) for k, t in own.items() if k.split("//")[0] in names}, on_host)
+        tensor.copy_(shard_of(realise(held[key]), tensor, tensor.device))
+    own: dict[str, Tensor] = {}
+    for key, tensor in held.items():
+        section, _, name = key.partition(".")
+        parameter = trained.get(f"model.{name.partition('//')[0]}") if section == "optimizer" else None
+        if parameter is not None:
+            piece = files.get(piece_name(key, mesh.shard, mesh.shards))
+            own[name] = realise(piece) if piece is not None else _share(name, realise(tensor), parameter, path)
+    restore_state(optimizer, own, on_host)
     _restore_random({k: realise(held[k]) for k in _random_states(mesh) if k in held}, mesh)
     return state
 
@@ -203,7 +210,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if found := damage(path):
         raise CheckpointError(f"is damaged: {found}", where=str(path), fix="take an older checkpoint")
-    held = open_files([path / name for name in read_state(path)["files"]])
+    held = joined(open_files([path / name for name in read_state(path)["files"]]))
     return {k.removeprefix("model."): realise(t) for k, t in held.items() if k.startswith("model.")}
 
 
@@ -244,6 +251,32 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def _held(module: nn.Module, optimizer: Optimizer, mesh: Mesh) -> dict[str, Tensor]:
+    """What this rank writes of weights and optimizer state: its shards, and the first of those that share weights what is whole."""
+    trained = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    whole = {f"model.{n}": p for n, p in trained.items() if not isinstance(p, DTensor)}
+    pieces = {f"model.{n}": local(p) for n, p in trained.items() if isinstance(p, DTensor)}
+    for key, tensor in state_of(optimizer).items():
+        place = pieces if isinstance(trained[key.partition("//")[0]], DTensor) and by_element(key, tensor) else whole
+        place[f"optimizer.{key}"] = tensor
+    named = {piece_name(n, mesh.shard, mesh.shards): t for n, t in pieces.items()}
+    return named | (whole if mesh.shard == 0 else {})
+
+
+def _share(name: str, state: Tensor, parameter: Tensor, path: Path) -> Tensor:
+    """This rank's shard of a parameter's optimizer state, from a checkpoint of another number of shards."""
+    if not by_element(name, state):
+        return state
+    if state.shape != parameter.shape:
+        raise CheckpointError(
+            f"the optimizer state {name} is {tuple(state.shape)} for weights that are {tuple(parameter.shape)}",
+            where=str(path),
+            expected="state with a value for each weight, where mesh.shard is not what the checkpoint was written with",
+            fix="resume with the mesh.shard of the config.yaml in the run folder",
+        )
+    return local(shard_of(state, parameter, state.device))
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

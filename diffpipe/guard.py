@@ -52,7 +52,8 @@ class Guard:
             found + (f", the {self.in_a_row}th in a row" if self.config.on_nan == "skip" else ""),
             where="optimizer.nan_limit" if self.config.on_nan == "skip" else "optimizer.on_nan",
             fix="look at these files; or train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16"
-            " instead of float16, or model.attention sdpa instead of cudnn" + ("" if self.config.on_nan == "skip" else "; optimizer.on_nan: skip leaves such steps out"),
+            " instead of float16, or model.attention sdpa instead of cudnn"
+            + ("" if self.config.on_nan == "skip" else "; optimizer.on_nan: skip leaves such steps out"),
         )
 
     def _origin(self, batch: Batch, shares: Sequence[Tensor]) -> str:

@@ -115,10 +115,10 @@ def _epoch(samples: list[Sample], config: Config) -> list[BucketRow]:
         [s.bucket for s in samples],
         [s.repeats for s in samples],
         micro=config.batch.micro,
-        accumulate=config.batch.accumulate * config.mesh.replicate,
+        accumulate=config.batch.accumulate * config.mesh.replicas,
         seed=config.run.seed,
     )
-    group = config.batch.micro * config.batch.accumulate * config.mesh.replicate
+    group = config.batch.micro * config.batch.accumulate * config.mesh.replicas
     steps = Counter(step.bucket for step in (next(sampler) for _ in range(sampler.steps_in_epoch)))
     left = Counter(samples[e.sample].bucket for e in sampler.left)
     held = Counter(s.bucket for s in samples)

@@ -73,7 +73,7 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
     if config.model.path is not None or config.model.files:
         model.weights()  # else the released model is planned for, wherever it lies
         check_formats(config, model)
-    check_optimizer(config.optimizer, apart=config.steps_in_backward)
+    check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
     chosen = find_card(card, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     buckets, scanned = buckets_of(config, model)
     units, sizes = expand(whole, model.spec.units), stage_bytes(whole, model.spec)
@@ -119,8 +119,8 @@ def _lines(config: Config, model: DiffusionModel, count: int, trained: int) -> t
     ends = " or ".join(f"{n} {w}" for n, w in ((config.run.steps, "steps"), (config.run.epochs, "epochs")) if n)
     return (
         f"{model.title}: {count / 1e9:.3f} B parameters, {trained / 1e6:.2f} M of them trained in {config.model.trainable_dtype}",
-        f"{mesh.stages * mesh.replicate} processes: {mesh.stages} stages x {mesh.replicate} replicas",
-        f"{batch.micro * batch.accumulate * mesh.replicate} samples a step: "
-        f"micro {batch.micro} x accumulate {batch.accumulate} x replicate {mesh.replicate}",
+        f"{mesh.stages * mesh.replicas} processes: {mesh.stages} stages x {mesh.replicate} replicas x {mesh.shard} shards",
+        f"{batch.micro * batch.accumulate * mesh.replicas} samples a step: "
+        f"micro {batch.micro} x accumulate {batch.accumulate} x replicate {mesh.replicate} x shard {mesh.shard}",
         f"ends after {ends}",
     )

@@ -181,14 +181,19 @@ def check_batch(config: Config, before: int, checkpoint: Path) -> None:
     Raises:
         ConfigError: with the batch section that would keep them, where there is one.
     """
-    batch, replicate = config.batch, config.mesh.replicate
-    now = batch.micro * batch.accumulate * replicate
+    batch, replicas = config.batch, config.mesh.replicas
+    now = batch.micro * batch.accumulate * replicas
     if now == before or batch.may_change:
         return
-    share, rest = divmod(before, batch.micro * replicate)
-    keep = f"set batch.accumulate to {share}" if not rest else f"take a batch.micro and mesh.replicate whose product divides {before}"
+    share, rest = divmod(before, batch.micro * replicas)
+    keep = (
+        f"set batch.accumulate to {share}"
+        if not rest
+        else f"take a batch.micro, mesh.replicate and mesh.shard whose product divides {before}"
+    )
     raise ConfigError(
-        f"{now} samples a step (micro {batch.micro} x accumulate {batch.accumulate} x mesh.replicate {replicate}),"
+        f"{now} samples a step (micro {batch.micro} x accumulate {batch.accumulate} x mesh.replicate {config.mesh.replicate}"
+        f" x mesh.shard {config.mesh.shard}),"
         f" but {checkpoint.name} was saved with {before}",
         where="batch",
         expected=f"{before}, which give the same samples on any mesh",

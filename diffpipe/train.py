@@ -35,6 +35,7 @@ from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.shard import local
 from diffpipe.pipeline.watch import Watch
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
@@ -78,7 +79,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
-        check_optimizer(config.optimizer, apart=config.steps_in_backward)
+        check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         forecast = open_forecast(config, model, mesh)
         samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
         if forecast is not None:
@@ -194,7 +195,7 @@ class Trainer:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out, self.forecast = held_out, forecast
         self.module: nn.Module = pipeline.stage.part.model
-        self.optimizer: Optimizer = make_optimizer(config.optimizer, self.module.named_parameters())
+        self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
         micro, seed = config.batch.micro, config.run.seed
         sampler = StepSampler(
@@ -285,7 +286,8 @@ class Trainer:
         loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
         moves = self._may_move(loss, norm.item(), batch)
         if moves and self.config.optimizer.clip is not None:
-            torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
+            scale = (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([local(g) for g in gradients], scale) if gradients else None
         averaged = self._now()
         if moves:
             self.release.step_rest()
@@ -445,7 +447,7 @@ def total_steps(config: Config, sampler: StepSampler) -> int:
         raise DiffpipeError(
             f"{config.run.epochs} epochs of the samples fill no batch",
             where="run.epochs",
-            expected="at least one bucket with batch.micro x batch.accumulate x mesh.replicate samples",
+            expected="at least one bucket with batch.micro x batch.accumulate x mesh.replicate x mesh.shard samples",
             fix="lower batch.accumulate or batch.micro, or set run.steps",
         )
     return total

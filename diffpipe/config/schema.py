@@ -35,7 +35,17 @@ class RunConfig(Section):
 class MeshConfig(Section):
     stages: Positive = Field(default=1, description="Pipeline stages the model is cut into.")
     replicate: Positive = Field(default=1, description="Copies of the pipeline that train on different samples.")
-    shard: Literal[1] = Field(default=1, description="Ranks that share each stage's weights; only 1 for now.")
+    shard: Positive = Field(
+        default=1,
+        description="Ranks that share the weights of a stage (FSDP2), each keeping a part of every weight, its gradient and its optimizer"
+        " state; they train on different samples, as replicas do. Adapters are whole on each.",
+    )
+    reshard: bool = Field(
+        default=True,
+        description="With shard: true gathers the weights of a block for each of its passes, and shares gradients out behind each"
+        " microbatch's, so that at most two blocks are whole at once; false gathers all of a stage once a step and shares gradients out"
+        " at its end, which takes less communication and more memory.",
+    )
     partition: list[Positive] | None = Field(
         default=None, description="The unit at which each stage after the first begins, counted from 0; null balances parameter bytes."
     )
@@ -46,6 +56,11 @@ class MeshConfig(Section):
         description="Seconds in which some rank must get on, and each give a sign of life, once training has begun; otherwise all end and"
         " name those at fault. Longer than the longest step.",
     )
+
+    @property
+    def replicas(self) -> int:
+        """Ranks of a stage, which train on different samples."""
+        return self.replicate * self.shard
 
     @model_validator(mode="after")
     def _partition_fits(self) -> MeshConfig:
@@ -488,6 +503,11 @@ class Config(Section):
         """Whether blocks are stepped in the backward pass: because weights that train stream, or all are to be released."""
         return self.optimizer.release or (self.adapter is None and bool(self.memory.swap))
 
+    @property
+    def shards_trained(self) -> bool:
+        """Whether ranks share weights that train."""
+        return self.mesh.shard > 1 and self.adapter is None
+
     @model_validator(mode="after")
     def _stepping_fits(self) -> Config:
         if self.steps_in_backward and self.optimizer.clip is not None:
@@ -519,6 +539,22 @@ class Config(Section):
     def _order_fits(self) -> Config:
         if self.memory.order == "layer" and self.mesh.stages > 1:
             raise ValueError(f"memory.order is layer, which needs mesh.stages 1, found {self.mesh.stages}; set it to microbatch or null")
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_fits(self) -> Config:
+        if self.mesh.shard == 1:
+            return self
+        found = [
+            (self.memory.swap != 0, "memory.swap", 0, "which of its weights a rank holds is decided by the shard"),
+            (self.memory.order == "layer", "memory.order", "microbatch or null", "a block is whole for one microbatch at a time"),
+            (self.memory.on_oom == "adapt", "memory.on_oom", "stop", "no rank can repeat a step alone"),
+            (self.optimizer.release, "optimizer.release", False, "a gradient is shared out before it can be stepped"),
+            (self.optimizer.offload, "optimizer.offload", False, "a rank's share of the state is kept beside its shard"),
+        ]
+        faults = [f"{key} must be {wanted}: {why}" for unfit, key, wanted, why in found if unfit]
+        if faults:
+            raise ValueError(f"mesh.shard is {self.mesh.shard}, so {'; '.join(faults)}")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffpipe import __version__
 from diffpipe.config.schema import Config
@@ -22,6 +23,7 @@ from diffpipe.models.adapters import adapter_tensors, folded, resolve_targets
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.weights import STEMS, open_files
 from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.shard import joined, local, piece_name
 
 
 def export_weights(
@@ -29,26 +31,29 @@ def export_weights(
 ) -> list[Path]:
     """Write what all stages have trained into ``folder``; every rank calls this, and gets the paths.
 
-    Stages pass their weights through files, since the whole of them may fit no single rank.
+    Ranks pass their weights through files, since the whole of them may fit no single one.
 
     Raises:
         DiffpipeError: on every rank, when any stage's part or an export cannot be written.
     """
     parts = folder.with_name(f".{folder.name}-parts")
-    files = [parts / f"stage-{stage}.safetensors" for stage in range(mesh.stages)]
+    files = {(stage, shard): parts / f"stage-{stage}-{shard}.safetensors" for stage in range(mesh.stages) for shard in range(mesh.shards)}
     fault: DiffpipeError | None = None
-    if mesh.replica == 0:
+    if mesh.replica < mesh.shards:
         # Whole weights are rounded here, once; adapters stay as they are until alpha is folded in.
-        held = adapter_tensors(module) if config.adapter is not None else cast(module.state_dict(), kinds(config, model))
+        held = adapter_tensors(module) if config.adapter is not None else module.state_dict()
+        own = {name: local(t) for name, t in held.items() if mesh.shard == 0 or isinstance(t, DTensor)}
+        own = own if config.adapter is not None else cast(own, kinds(config, model))
+        own = {piece_name(n, mesh.shard, mesh.shards) if isinstance(held[n], DTensor) else n: t for n, t in own.items()}
         try:
-            write_safetensors(files[mesh.stage], held, {})
+            write_safetensors(files[mesh.stage, mesh.shard], own, {})
         except DiffpipeError as failed:
             fault = failed
     try:
         if faults := [f for f in mesh.exchange(fault) if f is not None]:
             raise faults[0]
         # Just these files: a killed export on more stages may have left others.
-        return mesh.decide(lambda: export_tensors(config, model, open_files(files), folder, formats))
+        return mesh.decide(lambda: export_tensors(config, model, joined(open_files(files.values())), folder, formats))
     finally:
         mesh.barrier()
         if mesh.reporter:

@@ -58,14 +58,15 @@ def make_optimizer(config: OptimizerConfig, parameters: NamedParameters) -> Opti
     return torch.optim.AdamW(given, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def check_optimizer(config: OptimizerConfig, apart: bool = False) -> None:
+def check_optimizer(config: OptimizerConfig, apart: bool = False, sharded: bool = False) -> None:
     """Find out what is wrong with the section before anything is read.
 
     Args:
         apart: whether some weights are stepped before others, whatever the section says.
+        sharded: whether ranks step parts of each weight.
 
     Raises:
-        ConfigError: as ``make_optimizer`` and ``only`` do.
+        ConfigError: as ``make_optimizer`` and ``only`` do, and when parts of a weight would move otherwise than all of it.
     """
     weight = nn.Parameter(torch.ones(16, 16))
     optimizer = make_optimizer(config, [("weight", weight)])
@@ -73,6 +74,41 @@ def check_optimizer(config: OptimizerConfig, apart: bool = False) -> None:
         weight.grad = torch.ones(16, 16)
         with only(optimizer, [weight]):
             optimizer.step()
+    if sharded and not steps_by_element(config):
+        from diffpipe.optim.named import BY_ELEMENT
+
+        known = config.kind in BY_ELEMENT
+        raise ConfigError(
+            f"{config.kind} steps a weight by all of its gradient{' with these options' * known}, but ranks have a part each",
+            where="optimizer.options" if known else "optimizer.kind",
+            expected=f"one of {', '.join(sorted(BY_ELEMENT))}, since mesh.shard shares out weights that train",
+            fix="take one of these without such options; or set mesh.shard to 1, and mesh.stages or mesh.replicate higher",
+        )
+
+
+def steps_by_element(config: OptimizerConfig) -> bool:
+    """Whether parts of a weight, stepped by an optimizer each, move as all of it does: known of a kind, and tried where it has options."""
+    from diffpipe.optim.named import BY_ELEMENT
+
+    return config.kind in BY_ELEMENT and (not config.options or halves_move_alike(config))
+
+
+def halves_move_alike(config: OptimizerConfig) -> bool:
+    """Whether two halves of a weight, stepped by an optimizer each, move as all of it does in a trial."""
+    generator = torch.Generator().manual_seed(0)
+    # The halves' gradients differ in size, lie across their weights, and keep their direction, which lets some optimizers gain speed.
+    values = torch.randn((16, 16), generator=generator, dtype=torch.float64)
+    gradient = torch.randn((16, 16), generator=generator, dtype=torch.float64) * torch.arange(1.0, 17.0)[:, None]
+    gradient -= values * ((gradient * values).sum() / values.square().sum())
+    weights = [nn.Parameter(part.clone()) for part in (values, *values.chunk(2))]
+    optimizers = [make_optimizer(config, [("weight", weight)]) for weight in weights]
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(8):
+            for weight, optimizer, part in zip(weights, optimizers, (gradient, *gradient.chunk(2)), strict=True):
+                weight.grad = part.clone()
+                optimizer.step()
+    whole, *halves = (weight.detach() - part for weight, part in zip(weights, (values, *values.chunk(2)), strict=True))
+    return torch.allclose(torch.cat(halves), whole, rtol=1e-3, atol=1e-6 * whole.abs().max().item())
 
 
 def rates(config: OptimizerConfig, name: str) -> tuple[float, float]:

@@ -21,6 +21,14 @@ SPECIAL = frozenset(
     }
 )
 EIGHT_BIT = ("adamw8bit", "adamw8bit-kahan")
+# They step each element of a weight by what its own gradients were (in 8 bits: with scales of its neighbours), unless an option of
+# theirs says otherwise: ranks that hold parts of a weight step them as one that holds all of it would.
+BY_ELEMENT = frozenset(
+    {
+        *("adamw", *EIGHT_BIT, "adabelief", "adabound", "adadelta", "adam", "adamax", "adan", "ademamix", "adopt", "aggmo", "grams"),
+        *("laprop", "lion", "nadam", "qhadam", "qhm", "radam", "rmsprop", "sgd", "sgdw", "signsgd", "simplifiedademamix", "tiger", "yogi"),
+    }
+)
 
 
 def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:

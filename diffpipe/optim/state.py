@@ -41,6 +41,12 @@ def state_of(optimizer: Optimizer) -> dict[str, Tensor]:
     return tensors
 
 
+def by_element(key: str, tensor: Tensor) -> bool:
+    """Whether an entry of ``state_of`` belongs to elements of its parameter rather than to all of it."""
+    what = key.partition("//")[2]
+    return bool(what) and tensor.ndim > 0 and not what.startswith("group.") and not what.endswith(":saved")
+
+
 def restore_state(optimizer: Optimizer, tensors: Mapping[str, Tensor], on_host: Collection[nn.Parameter] = ()) -> None:
     """Put back what ``state_of`` gave, for the parameters this optimizer holds.
 

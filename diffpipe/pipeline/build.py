@@ -1,11 +1,11 @@
-"""Everything that is done to a model before it trains, in order: adapt, cut, read, recompute, schedule."""
+"""Everything that is done to a model before it trains, in order: adapt, cut, shard, read, recompute, schedule."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from diffpipe.pipeline.memory.quantize import FrozenLinear, has_products, quanti
 from diffpipe.pipeline.memory.stream import Home
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.shard import Shards, gathered, shard_of
 from diffpipe.pipeline.split import Span, split
 from diffpipe.pipeline.stage import Stage
 
@@ -44,12 +45,13 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     units = [part.model.get_submodule(unit) for unit in part.units]
     for unit in units:
         chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
+    shards = None if mesh.axes is None else Shards(part, mesh.axes, config.mesh.reshard)
     memory = MemoryLayer(config.memory, units, mesh.device, config.optimizer)
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
     attention = Attention(config.model.attention, repeats=not any(mesh.exchange(config.steps_in_backward)))
-    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention)
+    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention, shards)
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
@@ -78,6 +80,8 @@ def read_weights(
 ) -> None:
     """Fill what the part owns, one tensor at a time straight to where it stays, so that the host never holds two.
 
+    Of a tensor that is sharded this rank keeps its shard, so that it never holds all of any two.
+
     Args:
         homes: of weights that stay in host memory.
     """
@@ -102,7 +106,7 @@ def read_weights(
                 assert old is not None
                 old.data.copy_(value)
             else:
-                _place(layer, part_leaf, value.to(device))
+                _place(layer, part_leaf, value, device)
         done += empty.nbytes
         progress(done, total)
     if config.adapter is not None:
@@ -111,21 +115,24 @@ def read_weights(
     for owner_module in part.modules():
         for leaf, tensor in [*owner_module._parameters.items(), *owner_module._buffers.items()]:
             if tensor is not None and id(tensor) not in at_home and tensor.device != device:
-                _place(owner_module, leaf, tensor.to(device))
+                _place(owner_module, leaf, tensor, device)
 
 
 def _adapted(module: nn.Module, layer: str) -> torch.Tensor:
     """The frozen weight that an adapter was wrapped around, as the layer computes with it."""
     wrapper: Any = module.get_submodule(layer)
-    return wrapper.base_layer.weight
+    base = duplicate(wrapper.base_layer)
+    for leaf, p in base._parameters.items():
+        base._parameters[leaf] = None if p is None else nn.Parameter(gathered(p.detach()), requires_grad=False)
+    return cast(torch.Tensor, base.weight)
 
 
-def _place(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+def _place(module: nn.Module, leaf: str, value: torch.Tensor, device: torch.device) -> None:
     old = module._parameters.get(leaf)
     if old is not None:
-        module._parameters[leaf] = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
+        module._parameters[leaf] = nn.Parameter(shard_of(value.detach(), old, device), requires_grad=old.requires_grad)
     else:
-        module._buffers[leaf] = value
+        module._buffers[leaf] = value.to(device)
 
 
 def _set_types(module: nn.Module, model: DiffusionModel, config: Config) -> None:

@@ -1,4 +1,4 @@
-"""Names every rank of a run: its stage, its replica, its device and its neighbours."""
+"""Names every rank of a run: its stage, its replica, its shard, its device and its neighbours."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Store
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from diffpipe.config.load import differences
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError, DiffpipeError
+from diffpipe.pipeline.shard import local
 
 T = TypeVar("T")
 
@@ -34,11 +36,13 @@ class Mesh:
     Attributes:
         rank, world: among all processes.
         stage, stages: place along the pipeline.
-        replica, replicas: place among the copies of the pipeline.
+        replica, replicas: place among those that train on different samples: replicate x shard, the latter side by side.
+        shard, shards: place among the ranks that share a stage's weights.
         device: what this rank computes on.
         stage_group: the ranks that form this rank's pipeline.
-        replica_group: the ranks that hold the same stage.
+        replica_group: the ranks that hold the same stage, or a shard of it.
         store: what all ranks read and write without waiting for each other.
+        axes: those of the replica group, replicate (where that is several) and shard; None where weights are whole.
     """
 
     rank: int
@@ -47,10 +51,13 @@ class Mesh:
     stages: int
     replica: int
     replicas: int
+    shard: int
+    shards: int
     device: torch.device
     stage_group: ProcessGroup
     replica_group: ProcessGroup
     store: Store
+    axes: DeviceMesh | None
 
     @property
     def reporter(self) -> bool:
@@ -103,26 +110,36 @@ class Mesh:
         return box[0]
 
     def gradient_norm(self, gradients: Sequence[Tensor], more: Tensor | float = 0.0) -> Tensor:
-        """The L2 norm of all stages' gradients together, in float32.
+        """The L2 norm of all stages' gradients together, in float32; of sharded ones, of all shards.
 
         Args:
             more: this stage's squared norm of those that are gone already.
         """
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-        square = (torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)) + more
+        square = self._square([g for g in gradients if not isinstance(g, DTensor)]) + more
+        if self.axes is not None:
+            sharded = self._square([g for g in gradients if isinstance(g, DTensor)])
+            dist.all_reduce(sharded, group=self.axes.get_group("shard"))
+            square = square + sharded
         if self.stages > 1:
             dist.all_reduce(square, group=self.stage_group)
         return square.sqrt()
 
+    def _square(self, gradients: Sequence[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(local(g), dtype=torch.float32) for g in gradients]
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+
     def sum_over_stages(self, tensor: Tensor) -> None:
-        """Replace a tensor that every stage has by its sum."""
-        dist.all_reduce(tensor, group=self.stage_group)
+        """Replace a tensor that every stage has, or a shard of it, by its sum."""
+        dist.all_reduce(local(tensor), group=self.stage_group)
 
     def mean_over_replicas(self, tensors: Sequence[Tensor], chunk: int = 1 << 26) -> None:
-        """Replace each tensor by its mean over the replicas, in flat chunks of about ``chunk`` bytes."""
+        """Replace each tensor by its mean over the replicas, in flat chunks of about ``chunk`` bytes.
+
+        Gradients of sharded weights are that already: FSDP takes it as it shares them out.
+        """
         if self.replicas == 1:
             return
-        for group in _chunks(tensors, chunk):
+        for group in _chunks([t for t in tensors if not isinstance(t, DTensor)], chunk):
             flat = torch.cat([t.reshape(-1) for t in group])
             dist.all_reduce(flat, group=self.replica_group)
             flat /= self.replicas
@@ -169,28 +186,32 @@ def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> It
             f"{world} process{'es' if world > 1 else ''} for stages {config.stages} x replicate {config.replicate} x shard {config.shard}",
             where="mesh",
             expected=f"{wanted} process{'es' if wanted > 1 else ''}",
-            fix=f"start with torchrun --nproc_per_node={wanted}, or change mesh.stages or mesh.replicate",
+            fix=f"start with torchrun --nproc_per_node={wanted}, or change mesh.stages, mesh.replicate or mesh.shard",
         )
     nccl = launched and device.type == "cuda" and dist.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, device_id=device if nccl else None, store=store, rank=rank, world_size=world)
     try:
-        axes = init_device_mesh(
-            "cuda" if device.type == "cuda" and launched else "cpu",
-            (config.stages, config.replicate),
-            mesh_dim_names=("stage", "replicate"),
-        )
+        kind = "cuda" if device.type == "cuda" and launched else "cpu"
+        axes = init_device_mesh(kind, (config.stages, config.replicas), mesh_dim_names=("stage", "replica"))
+        finer: DeviceMesh | None = None
+        if config.shard > 1:
+            whole = init_device_mesh(kind, (config.stages, config.replicate, config.shard), mesh_dim_names=("stage", "replicate", "shard"))
+            finer = whole["replicate", "shard"] if config.replicate > 1 else whole["shard"]
         yield Mesh(
             rank=dist.get_rank(),
             world=world,
             stage=axes.get_local_rank("stage"),
             stages=config.stages,
-            replica=axes.get_local_rank("replicate"),
-            replicas=config.replicate,
+            replica=axes.get_local_rank("replica"),
+            replicas=config.replicas,
+            shard=axes.get_local_rank("replica") % config.shard,
+            shards=config.shard,
             device=device,
             stage_group=axes.get_group("stage"),
-            replica_group=axes.get_group("replicate"),
+            replica_group=axes.get_group("replica"),
             store=store,
+            axes=finer,
         )
     finally:
         dist.destroy_process_group()
@@ -246,7 +267,7 @@ def _device(local_rank: int) -> torch.device:
             f"process {local_rank} of this machine has no GPU: {torch.cuda.device_count()} found",
             where="mesh",
             expected="one process per GPU",
-            fix="lower --nproc_per_node and mesh.stages or mesh.replicate, or make more GPUs visible",
+            fix="lower --nproc_per_node and mesh.stages, mesh.replicate or mesh.shard, or make more GPUs visible",
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)

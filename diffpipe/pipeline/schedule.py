@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from diffpipe.pipeline.cut import Border, Probe
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
 Microbatches = list[tuple[dict[str, Any], Targets]]
@@ -32,11 +34,17 @@ class Pipeline:
 
     Attributes:
         shares: on the last stage, what each microbatch of the last step added to its loss.
+        trained: by the name of each parameter that trains, what an optimizer steps for it.
     """
 
-    def __init__(self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer, attention: Attention) -> None:
-        self.stage, self.mesh, self.probe, self.memory, self.attention = stage, mesh, probe, memory, attention
+    def __init__(
+        self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer, attention: Attention, shards: Shards | None = None
+    ) -> None:
+        self.stage, self.mesh, self.probe, self.memory, self.attention, self.shards = stage, mesh, probe, memory, attention, shards
         self.shares: list[Tensor] = []
+        self.trained = {name: stand_in(p) for name, p in stage.part.model.named_parameters() if p.requires_grad}
+        if shards is not None:
+            stage.on_last_backward = shards.last
         self._set_order()
 
     def change_memory(self, config: MemoryConfig) -> None:
@@ -62,7 +70,10 @@ class Pipeline:
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """All gradients of this rank, summed over the stages where several hold a parameter; and those that no earlier stage holds."""
+        """All gradients of this rank, summed over the stages where several hold a parameter; and those that no earlier stage holds.
+
+        What steps for a sharded parameter has the memory of its gradient from here on.
+        """
         part = self.stage.part
         own: list[Tensor] = []
         counted: list[Tensor] = []
@@ -75,6 +86,7 @@ class Pipeline:
             if parameter.grad is not None:
                 own.append(parameter.grad)
                 counted += [parameter.grad] if part.first or name not in part.repeated else []
+                hand_over(parameter, self.trained[name])
         return own, counted
 
     @torch.no_grad()
@@ -96,10 +108,11 @@ class Pipeline:
         moved = [_move(m, mesh.device) for m in microbatches]
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
         self.memory.begin(len(microbatches))
-        if self.lockstep is not None and len(microbatches) > 1:
-            losses = self._together(len(microbatches))
-        else:
-            losses = self._by_schedule(len(microbatches), before, after, run)
+        with self.shards.step() if self.shards is not None else nullcontext():
+            if self.lockstep is not None and len(microbatches) > 1:
+                losses = self._together(len(microbatches))
+            else:
+                losses = self._by_schedule(len(microbatches), before, after, run)
         self.memory.end()
         self.stage.inputs = StepInputs()
         self.shares = [loss.detach() for loss in losses] if last else []

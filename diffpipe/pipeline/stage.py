@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -85,6 +86,7 @@ class Stage(nn.Module):
     Attributes:
         inputs: what the current step is about; set before the schedule runs.
         clock: time spent in this stage's forward and backward passes.
+        on_last_backward: called as the backward pass of the step's last microbatch begins; they come in the order of microbatches.
     """
 
     def __init__(
@@ -94,32 +96,37 @@ class Stage(nn.Module):
         self.part, self.precision, self.objective = part, precision, objective
         self.inputs = StepInputs()
         self.clock = Clock(device)
+        self.on_last_backward: Callable[[], None] = lambda: None
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What crosses to the next stage; on the last the microbatch's share of the step's loss, whose shape is always known."""
         self.clock.start()
-        inputs, targets = self.inputs.microbatches[int(microbatch)]
-        unused = self.inputs.unused[int(microbatch)]
+        number = int(microbatch)
+        inputs, targets = self.inputs.microbatches[number]
+        unused = self.inputs.unused[number]
+        backward_begins = partial(self._backward_begins, number)
         arrived = tuple(_Wire.apply(t, self.clock.stop) if t.requires_grad else t for t in payload)
         arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
         with self.precision():
             sent, _ = self.part(arrived, self.inputs.layout, inputs)
         if self.part.last:
-            return self._share(sent, targets)
+            return self._share(sent, targets, backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
-        out = tuple(_Wire.apply(t, self.clock.start) if t.requires_grad else t.contiguous() for t in sent)
+        out = tuple(_Wire.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
         self.clock.stop()
         return out
 
-    def _share(self, outputs: tuple[Tensor, ...], targets: Targets) -> Tensor:
+    def _share(self, outputs: tuple[Tensor, ...], targets: Targets, backward_begins: Callable[[], None]) -> Tensor:
         total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta) / len(self.inputs.microbatches)
         if total.requires_grad:
-            total.register_hook(self._backward_begins)
+            total.register_hook(lambda gradient: backward_begins())
         self.clock.stop()
         return total
 
-    def _backward_begins(self, grad: Tensor) -> None:
+    def _backward_begins(self, number: int) -> None:
         self.clock.start()
+        if number == len(self.inputs.microbatches) - 1:
+            self.on_last_backward()
 
 
 def _shortened(tensor: Tensor, dim: int | None, unused: int) -> Tensor:
