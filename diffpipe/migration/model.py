@@ -1,0 +1,411 @@
+"""The [model] and [adapter] tables: which family, where its files lie, in which types it computes, and what trains."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffpipe.errors import ConfigError
+from diffpipe.migration.draft import Draft, Table
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What of diffusion-pipe's way with one model type a conversion must know.
+
+    Attributes:
+        kind: what it calls the type.
+        name: the family here.
+        paths: by its key, the components here that the file or folder is.
+        folder: the key of a folder whose parts are components here, and where in it each lies.
+        units: units here in each layer of its list, by which partition_split counts.
+        paired: whether the family has two kinds of blocks, of which blocks_to_swap n keeps n // 2 of the first in host memory and
+            2 (n - n // 2) + 1 of the second.
+        format: what its LoRAs are saved as.
+    """
+
+    kind: str
+    name: str
+    paths: Mapping[str, tuple[str, ...]]
+    folder: tuple[str, Mapping[str, str]] | None = None
+    units: tuple[int, ...] = (0, *[1] * 200)
+    paired: bool = False
+    format: str = "comfyui"
+
+    def streamed(self, swapped: int) -> int:
+        """Blocks whose weights blocks_to_swap keeps in host memory."""
+        first = swapped // 2
+        return first + 2 * (swapped - first) + 1 if self.paired else swapped
+
+
+def _paired(first: int, second: int) -> tuple[int, ...]:
+    return (0, *[1] * first, 0, *[1] * second, 0)
+
+
+# A layer of SDXL's list is a resnet with the attention behind it, or a sampler; that of the middle's second resnet has the attention.
+SDXL_UNITS = (0, 1, 1, 1, 2, 2, 1, 2, 2, 1, 2, 2, 2, 2, 1, 2, 2, 2, 1, 1, 1, 1, 0)
+ONE = {"transformer_path": ("transformer",), "vae_path": ("vae",)}
+OFFICIAL_HUNYUAN = {
+    "transformer": "hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt",
+    "vae": "hunyuan-video-t2v-720p/vae/pytorch_model.pt",
+    "text_encoder": "text_encoder",
+    "tokenizer": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "tokenizer_2": "text_encoder_2",
+}
+OFFICIAL_WAN = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "Wan2.1_VAE.pth",
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+    "tokenizer": "google/umt5-xxl",
+}
+WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+SHARDED = (
+    "its transformer lies in several files with original names, which are not read together: name ComfyUI's single file as"
+    " model.files.transformer, or the diffusers repository as model.path; the other components are carried"
+)
+FAMILIES = {
+    f.kind: f
+    for f in (
+        Family("sdxl", "sdxl", {}, units=SDXL_UNITS, format="kohya"),
+        Family("flux", "flux", {"transformer_path": ("transformer",)}, units=_paired(19, 38), paired=True, format="diffusers"),
+        Family("ltx-video", "ltx-video", {}),
+        Family(
+            "hunyuan-video",
+            "hunyuan-video",
+            {**ONE, "llm_path": ("text_encoder", "tokenizer"), "clip_path": ("text_encoder_2", "tokenizer_2")},
+            ("ckpt_path", OFFICIAL_HUNYUAN),
+            _paired(20, 40),
+            paired=True,
+        ),
+        Family("cosmos", "cosmos", {**ONE, "text_encoder_path": ("text_encoder",)}),
+        Family("lumina_2", "lumina2", {**ONE, "llm_path": ("text_encoder",)}),
+        Family("wan", "wan", {"transformer_path": ("transformer",), "llm_path": ("text_encoder",)}, ("ckpt_path", OFFICIAL_WAN)),
+        Family(
+            "chroma",
+            "chroma",
+            {"transformer_path": ("transformer",)},
+            ("diffusers_path", {"vae": "vae", "text_encoder": "text_encoder_2", "tokenizer": "tokenizer_2"}),
+            _paired(19, 38),
+            paired=True,
+        ),
+    )
+}
+# Types that diffusion-pipe trains and diffpipe does not.
+ELSEWHERE = (
+    *("hidream", "sd3", "cosmos_predict2", "anima", "omnigen2", "qwen_image", "hunyuan_image", "auraflow", "z_image", "hunyuan_video_15"),
+    *("flux2", "ernie_image", "ltx2", "ideogram4", "krea2", "minimax_h3"),
+)
+FLOWS = ("flux", "ltx-video", "hunyuan-video", "lumina_2", "wan", "chroma")
+COMFY = ("z_image", "hunyuan_video_15", "flux2", "ernie_image", "ideogram4", "krea2", "minimax_h3")
+# Keys that some types alone read; for the others diffusion-pipe ignores them without a word.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "checkpoint_path": ("sdxl",),
+    "v_pred": ("sdxl",),
+    "min_snr_gamma": ("sdxl",),
+    "debiased_estimation_loss": ("sdxl",),
+    "unet_lr": ("sdxl",),
+    "text_encoder_1_lr": ("sdxl",),
+    "text_encoder_2_lr": ("sdxl",),
+    "diffusers_path": ("flux", "ltx-video", "chroma", "hidream", "sd3", "omnigen2", "qwen_image"),
+    "transformer_path": ("flux", "hunyuan-video", "cosmos", "lumina_2", "wan", "chroma", "cosmos_predict2", "qwen_image", "auraflow"),
+    "vae_path": ("hunyuan-video", "cosmos", "lumina_2", "cosmos_predict2", "qwen_image", "hunyuan_image", "auraflow"),
+    "text_encoder_path": ("cosmos", "qwen_image", "hunyuan_image", "auraflow"),
+    "llm_path": ("hunyuan-video", "lumina_2", "wan", "cosmos_predict2", "anima"),
+    "clip_path": ("hunyuan-video",),
+    "ckpt_path": ("hunyuan-video", "wan"),
+    "single_file_path": ("ltx-video",),
+    "first_frame_conditioning_p": ("ltx-video",),
+    "bypass_guidance_embedding": ("flux",),
+    "transformer_dtype": ("flux", "ltx-video", "hunyuan-video", "wan", "chroma", "hidream", "sd3"),
+    "timestep_sample_method": FLOWS,
+    "sigmoid_scale": FLOWS,
+    "shift": ("flux", "hunyuan-video", "lumina_2", "wan", "chroma"),
+    "flux_shift": ("flux", "wan", "chroma", "hidream", "sd3"),
+    "lumina_shift": ("lumina_2",),
+    "guidance": ("flux", "hunyuan-video"),
+    "min_t": ("wan",),
+    "max_t": ("wan",),
+    "cache_text_embeddings": ("wan", "cosmos_predict2", "anima"),
+    "text_encoder_fp8": ("wan", "cosmos_predict2"),
+    "text_encoder_nf4": ("cosmos_predict2",),
+    "t5_path": ("cosmos_predict2",),
+    "multiscale_loss_weight": ("cosmos_predict2", "anima"),
+    "self_attn_lr": ("cosmos_predict2", "anima"),
+    "cross_attn_lr": ("cosmos_predict2", "anima"),
+    "mlp_lr": ("cosmos_predict2", "anima"),
+    "mod_lr": ("cosmos_predict2", "anima"),
+    "llm_adapter_lr": ("cosmos_predict2", "anima"),
+    "llm_adapter_path": ("cosmos_predict2", "anima"),
+    "llama3_path": ("hidream",),
+    "llama3_4bit": ("hidream",),
+    "max_llama3_sequence_length": ("hidream",),
+    "byt5_path": ("hunyuan_image",),
+    "max_sequence_length": ("auraflow",),
+    "diffusion_model": (*COMFY, "ltx2"),
+    "diffusion_model_dtype": (*COMFY, "ltx2"),
+    "merge_adapters": (*COMFY, "ltx2"),
+    "vae": COMFY,
+    "text_encoders": COMFY,
+    "text_encoder": ("ltx2",),
+    "audio_vae": ("minimax_h3",),
+    "cfg": ("minimax_h3",),
+    "image_shift": ("minimax_h3",),
+}
+QUANTIZED = {"float8": "fp8-plain", "float8_e4m3fn": "fp8-plain", "float8_e5m2": "fp8", "nf4": "nf4"}
+
+
+def find_family(old: Table, file: str) -> tuple[Family, Table]:
+    """The family of a config and its [model] table.
+
+    Raises:
+        ConfigError: when the type is not trained here, or is none at all.
+    """
+    if "model" not in old:
+        raise old.fault("model", "a [model] table with type and dtype")
+    table = Table(old["model"], "model.", file)
+    kind = table.text("type")
+    if kind in FAMILIES:
+        return FAMILIES[kind], table
+    near = difflib.get_close_matches(kind, FAMILIES, 1, 0.6)
+    raise ConfigError(
+        f"{kind!r} is not trained by diffpipe" if kind in ELSEWHERE else f"{kind!r} is no model type of diffusion-pipe",
+        where=f"{file}: model.type",
+        expected=", ".join(sorted(FAMILIES)),
+        fix=f"did you mean {near[0]}?" if near and kind not in ELSEWHERE else "`diffpipe models` lists the families",
+    )
+
+
+def convert_model(draft: Draft, old: Table, family: Family, *, full: bool, controls: bool) -> None:
+    """The [model] table.
+
+    Args:
+        full: whether there is no adapter.
+        controls: whether the data has control pictures.
+
+    Raises:
+        ConfigError: for a value of another kind than it must be.
+    """
+    name = family.name
+    if family.kind == "wan":
+        name = _wan(old)
+    elif family.kind == "flux" and controls:
+        name = "flux-kontext"
+    if name == family.kind:
+        draft.carry(old, "type", "model.family")
+    else:
+        draft.change(old, "type", "model.family", name, "its data has control pictures" if name == "flux-kontext" else f"{name} here")
+    for key, kinds in READ_BY.items():
+        if family.kind not in kinds:
+            draft.leave(old, key, f"diffusion-pipe reads it for {', '.join(kinds)} only; nothing to do")
+    if old.text("dtype") not in DTYPES:
+        raise old.fault("dtype", ", ".join(DTYPES))
+    draft.carry(old, "dtype", "model.dtype")
+    _places(draft, old, family, image=name == "wan-i2v")
+    _objective(draft, _read(old, family))
+    _precision(draft, _read(old, family), full)
+    if family.kind == "sdxl":
+        _sdxl(draft, old)
+    for key, said in {
+        "cache_text_embeddings": "captions are always encoded once and cached; nothing to do",
+        "bypass_guidance_embedding": "a guidance embedding is always used; model.guidance sets its value",
+        "first_frame_conditioning_p": "LTX-Video trains from text alone here; nothing to do",
+        "text_encoder_fp8": "text encoders run once, before training, in model.dtype; nothing to do",
+        "multiscale_loss_weight": "there is no such loss here",
+    }.items():
+        draft.leave(_read(old, family), key, said)
+
+
+def _read(old: Table, family: Family) -> Table:
+    """The keys that diffusion-pipe reads for the type."""
+    return Table({k: v for k, v in old.values.items() if family.kind in READ_BY.get(k, (family.kind,))}, old.name, old.file)
+
+
+def _wan(old: Table) -> str:
+    """The family of a Wan checkpoint, by its folder's config or else by names; image to video has another one."""
+    places = [old.text(key, "") for key in ("ckpt_path", "transformer_path")]
+    told = ""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # not here, or not told: names have to do
+        told = str(json.loads((Path(places[0]) / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    kind = told or next((k for k in ("flf2v", "i2v") if any(k in re.sub("[^a-z0-9]", "", p.lower()) for p in places)), "t2v")
+    if kind == "flf2v":
+        raise ConfigError("Wan from first and last frame is not trained by diffpipe", where=f"{old.file}: model.ckpt_path")
+    return "wan-i2v" if kind == "i2v" else "wan"
+
+
+def _places(draft: Draft, old: Table, family: Family, image: bool) -> None:
+    files: dict[str, str] = {}
+    if family.kind == "ltx-video" and "single_file_path" in old:
+        draft.carry(old, "single_file_path", "model.path")
+        files |= _parts(draft, old, "diffusers_path", {"text_encoder": "text_encoder", "tokenizer": "tokenizer"})
+    elif family.folder is not None:
+        key, parts = family.folder
+        if image:
+            parts = {**parts, "image_encoder": WAN_CLIP}
+        if family.kind == "wan" and "transformer_path" not in old and _sharded(old):
+            draft.leave(old, key, SHARDED)
+            parts = {name: place for name, place in parts.items() if name != "transformer"}
+        files |= _parts(draft, old, key, parts)
+    else:
+        for key in ("checkpoint_path", "diffusers_path"):
+            if family.kind in READ_BY[key]:
+                draft.carry(old, key, "model.path")
+    for key, components in family.paths.items():
+        if key in old:
+            files |= dict.fromkeys(components, old.text(key))
+            draft.tell(old, key, "carried", ", ".join(f"model.files.{c}" for c in components), "")
+    if files:
+        draft.put("model.files", files)
+
+
+def _parts(draft: Draft, old: Table, key: str, parts: Mapping[str, str]) -> dict[str, str]:
+    if key not in old:
+        return {}
+    root = old.text(key).rstrip("/\\")
+    if not draft.told(old, key):
+        draft.tell(old, key, "changed", "model.files", "each component by its place in that folder")
+    return {component: f"{root}/{place}" for component, place in parts.items()}
+
+
+def _sharded(old: Table) -> bool:
+    """Whether an official folder holds the transformer in several files; by its name where the folder is not here."""
+    folder = Path(old.text("ckpt_path", ""))
+    if folder.is_dir():
+        return not (folder / OFFICIAL_WAN["transformer"]).is_file()
+    return "14b" in folder.name.lower()
+
+
+def _objective(draft: Draft, old: Table) -> None:
+    method = old.text("timestep_sample_method", "logit_normal")
+    if method not in ("logit_normal", "uniform"):
+        raise old.fault("timestep_sample_method", "logit_normal or uniform")
+    draft.carry(old, "timestep_sample_method", "objective.timesteps")
+    draft.carry(old, "sigmoid_scale", "objective.scale")
+    draft.carry(old, "min_t", "objective.min_t")
+    draft.carry(old, "max_t", "objective.max_t")
+    draft.carry(old, "guidance", "model.guidance")
+    shift = old.number("shift", 0)
+    if shift:
+        draft.carry(old, "shift", "objective.shift")
+    else:
+        draft.change(old, "shift", "objective.shift", None, "0 is no shift, which is null here")
+    for key in ("flux_shift", "lumina_shift"):
+        if old.flag(key) and not shift:
+            draft.change(old, key, "objective.shift", "resolution", "by the tokens of all frames")
+        else:
+            draft.leave(old, key, "shift overrides it; nothing to do" if shift else "false is what it is without; nothing to do")
+
+
+def _precision(draft: Draft, old: Table, full: bool) -> None:
+    key = "transformer_dtype"
+    if key not in old:
+        return
+    kind = old.text(key)
+    if kind == old.text("dtype"):
+        draft.tell(old, key, "carried", "model.dtype", "the same")
+    elif kind not in QUANTIZED:
+        draft.leave(old, key, "the denoiser computes in model.dtype; set that, or memory.quantize")
+    elif full:
+        draft.leave(old, key, "weights that all train are not kept in few bits; add an adapter section, or leave it")
+    else:
+        draft.change(
+            old,
+            key,
+            "memory.quantize",
+            QUANTIZED[kind],
+            {
+                "fp8-plain": "with memory.products false, as there; null multiplies in fp8 where the card can, which is faster",
+                "fp8": "e5m2 is not kept; e4m3 with a scale for each row is more exact",
+                "nf4": "",
+            }[QUANTIZED[kind]],
+        )
+        if QUANTIZED[kind] == "fp8-plain":
+            draft.put("memory.products", False)
+
+
+def _sdxl(draft: Draft, old: Table) -> None:
+    draft.change(old, "v_pred", "objective.prediction", "v" if old.flag("v_pred") else "epsilon", "v has zero terminal SNR, as there")
+    draft.carry(old, "min_snr_gamma", "objective.min_snr")
+    if "debiased_estimation_loss" in old:
+        wanted = old.flag("debiased_estimation_loss")
+        said = "" if wanted else "diffusion-pipe takes false for true; to go on as it did, set true"
+        draft.change(old, "debiased_estimation_loss", "objective.debiased", wanted, said)
+    rates = {"text_encoder_1_lr": "^text_encoder\\.", "text_encoder_2_lr": "^text_encoder_2\\.", "unet_lr": "^unet\\."}
+    given = {key: old.number(key) for key in rates if key in old}
+    frozen = given.get("text_encoder_1_lr") == given.get("text_encoder_2_lr") == 0
+    draft.put("model.train_text_encoders", not frozen)
+    groups = []
+    for key, lr in given.items():
+        if frozen and key != "unet_lr":
+            draft.tell(old, key, "changed", "model.train_text_encoders", "false: both rates are 0, so that captions are encoded once")
+            continue
+        groups.append({"match": rates[key], "lr": lr})
+        draft.tell(old, key, "carried", "optimizer.groups", f"the group {rates[key]}")
+    if groups:
+        draft.put("optimizer.groups", groups)
+
+
+def convert_adapter(draft: Draft, old: Table, family: Family) -> None:
+    """The [adapter] table.
+
+    Raises:
+        ConfigError: for a kind of adapter that diffusion-pipe does not have.
+    """
+    if old.text("type") not in ("lora", "lokr"):
+        raise old.fault("type", "lora or lokr")
+    draft.carry(old, "type", "adapter.kind")
+    rank = old.number("rank")
+    if isinstance(rank, float):
+        draft.change(old, "rank", "adapter.rank", int(rank), "a whole number")
+    else:
+        draft.carry(old, "rank", "adapter.rank")
+    draft.carry(old, "alpha", "adapter.alpha", "which diffusion-pipe refuses, and always has as rank")
+    draft.carry(old, "dropout", "adapter.dropout")
+    draft.carry(old, "decompose_factor", "adapter.decompose_factor")
+    draft.leave(old, "rank_dropout", "LoKr's parts are dropped by adapter.dropout; set that")
+    if "init_from_existing" in old:
+        file = _adapter_file(old.text("init_from_existing"), family)
+        draft.change(old, "init_from_existing", "adapter.init", file, "the file in that folder")
+    if "fuse_adapters" in old:
+        merged = [_fused(old, entry, family) for entry in old.entries("fuse_adapters")]
+        draft.change(
+            old, "fuse_adapters", "model.merge", merged, "with the weight 1 that Chroma's have there" if family.kind == "chroma" else ""
+        )
+    if "exclude_modules" in old:
+        _exclude(draft, old, family)
+
+
+def _adapter_file(place: str, family: Family) -> str:
+    folder = Path(place)
+    if folder.suffix == ".safetensors":
+        return place
+    found = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    saved = {"kohya": "lora.safetensors", "diffusers": "pytorch_lora_weights.safetensors"}.get(family.format, "adapter_model.safetensors")
+    return str(found[0]) if found else f"{place.rstrip('/')}/{saved}"
+
+
+def _fused(old: Table, entry: Any, family: Family) -> dict[str, Any]:
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise old.fault("fuse_adapters", "tables with path and weight")
+    return {"path": _adapter_file(entry["path"], family), "weight": 1.0 if family.kind == "chroma" else entry.get("weight", 1.0)}
+
+
+def _exclude(draft: Draft, old: Table, family: Family) -> None:
+    key, given = "exclude_modules", old["exclude_modules"]
+    if family.kind not in ("flux", "sdxl"):
+        said = "names are the original's there and diffusers' here; set adapter.exclude by the names that adapters are exported under"
+        draft.leave(old, key, said)
+        return
+    if isinstance(given, str):
+        patterns = [rf"^(?:unet\.|text_encoder\.|text_encoder_2\.)?(?:{given})$" if family.kind == "sdxl" else f"^(?:{given})$"]
+    else:
+        patterns = [rf"(?:^|\.){re.escape(str(suffix))}$" for suffix in old.entries(key)]
+    draft.change(old, key, "adapter.exclude", patterns, "as regular expressions of the same names")
