@@ -74,7 +74,7 @@ def convert(path: Path, scale: Scale) -> Converted:
             draft.tell(old, key, "carried", to, "what stands in it")
     for table in (model, optimizer, *([adapter] if adapter else [])):
         draft.finish(table)
-    draft.finish(old, inner=("model", "adapter", "optimizer"))
+    draft.finish(old, inner=("model", "adapter", "optimizer", "monitoring"))
     ordered = {name: draft.raw[name] for name in Config.model_fields if name in draft.raw}
     return Converted(validate(ordered, f"{path}, converted"), _written(path, ordered, draft.fates), tuple(draft.fates))
 
@@ -117,7 +117,9 @@ def _held_out(path: Path, old: Table) -> list[tuple[str, Table]]:
     """Names and dataset configs of the sets to evaluate."""
     found = []
     for number, entry in enumerate(old.entries("eval_datasets")):
-        name, file = (f"eval{number}", entry) if isinstance(entry, str) else (entry.get("name"), entry.get("config"))
+        name, file = (f"eval{number}", entry) if isinstance(entry, str) else (None, None)
+        if isinstance(entry, dict):
+            name, file = entry.get("name"), entry.get("config")
         if not isinstance(name, str) or not isinstance(file, str):
             raise old.fault("eval_datasets", "files, or tables with name and config")
         found.append((name, Table(read_toml(find_dataset(path, file, "eval_datasets")), f"eval {name}: ", file)))

@@ -160,7 +160,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "cfg": ("minimax_h3",),
     "image_shift": ("minimax_h3",),
 }
-QUANTIZED = {"float8": "fp8-plain", "float8_e4m3fn": "fp8-plain", "float8_e5m2": "fp8", "nf4": "nf4"}
+QUANTIZED = ("float8", "float8_e4m3fn", "float8_e5m2", "nf4")
 
 
 def find_family(old: Table, file: str) -> tuple[Family, Table]:
@@ -315,29 +315,24 @@ def _precision(draft: Draft, old: Table, full: bool) -> None:
         draft.leave(old, key, "the denoiser computes in model.dtype; set that, or memory.quantize")
     elif full:
         draft.leave(old, key, "weights that all train are not kept in few bits; add an adapter section, or leave it")
+    elif kind == "nf4":
+        draft.carry(old, key, "memory.quantize")
+    elif kind == "float8_e5m2":
+        draft.change(old, key, "memory.quantize", "fp8", "e5m2 is not kept; e4m3 with a scale for each row is more exact")
     else:
-        draft.change(
-            old,
-            key,
-            "memory.quantize",
-            QUANTIZED[kind],
-            {
-                "fp8-plain": "with memory.products false, as there; null multiplies in fp8 where the card can, which is faster",
-                "fp8": "e5m2 is not kept; e4m3 with a scale for each row is more exact",
-                "nf4": "",
-            }[QUANTIZED[kind]],
-        )
-        if QUANTIZED[kind] == "fp8-plain":
-            draft.put("memory.products", False)
+        said = "with memory.products false, as there; null multiplies in fp8 where the card can, which is faster"
+        draft.change(old, key, "memory.quantize", "fp8-plain", said)
+        draft.put("memory.products", False)
 
 
 def _sdxl(draft: Draft, old: Table) -> None:
     draft.change(old, "v_pred", "objective.prediction", "v" if old.flag("v_pred") else "epsilon", "v has zero terminal SNR, as there")
     draft.carry(old, "min_snr_gamma", "objective.min_snr")
-    if "debiased_estimation_loss" in old:
-        wanted = old.flag("debiased_estimation_loss")
-        said = "" if wanted else "diffusion-pipe takes false for true; to go on as it did, set true"
-        draft.change(old, "debiased_estimation_loss", "objective.debiased", wanted, said)
+    key = "debiased_estimation_loss"
+    if old.flag(key):
+        draft.carry(old, key, "objective.debiased")
+    else:
+        draft.change(old, key, "objective.debiased", False, "diffusion-pipe takes false for true; to go on as it did, set true")
     rates = {"text_encoder_1_lr": "^text_encoder\\.", "text_encoder_2_lr": "^text_encoder_2\\.", "unet_lr": "^unet\\."}
     given = {key: old.number(key) for key in rates if key in old}
     frozen = given.get("text_encoder_1_lr") == given.get("text_encoder_2_lr") == 0
@@ -376,9 +371,8 @@ def convert_adapter(draft: Draft, old: Table, family: Family) -> None:
         draft.change(old, "init_from_existing", "adapter.init", file, "the file in that folder")
     if "fuse_adapters" in old:
         merged = [_fused(old, entry, family) for entry in old.entries("fuse_adapters")]
-        draft.change(
-            old, "fuse_adapters", "model.merge", merged, "with the weight 1 that Chroma's have there" if family.kind == "chroma" else ""
-        )
+        said = "with the weight 1 that Chroma's have there" if family.kind == "chroma" else "each by its file"
+        draft.change(old, "fuse_adapters", "model.merge", merged, said)
     if "exclude_modules" in old:
         _exclude(draft, old, family)
 

@@ -34,8 +34,8 @@ LEFT = {
     "x_axis_examples": "plots have steps; a step is batch.micro x batch.accumulate x mesh.replicate examples",
     "pseudo_huber_c": "there is no such loss (nor does diffusion-pipe read the key since April 2026); objective.loss smooth_l1 with "
     "objective.delta of the same value has its curvature at 0 and its slope far off",
-    "monitoring": "Weights & Biases is not written to, and no key is kept in a config; see the run folder's TensorBoard files",
 }
+MONITORING = "Weights & Biases is not written to, and no config keeps a key; see the run folder's TensorBoard files"
 CLIPS = {"single_beginning": "first", "single_middle": "middle", "multiple_overlapping": "cover"}
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -80,6 +80,10 @@ def convert_settings(draft: Draft, old: Table, family: Family, scale: Scale) -> 
     draft.put("data.on_error", "skip")  # as diffusion-pipe does with files that it cannot read
     for key, said in LEFT.items():
         draft.leave(old, key, said)
+    if "monitoring" in old:
+        monitoring = Table(old["monitoring"], "monitoring.", old.file)
+        for key in monitoring:
+            draft.leave(monitoring, key, MONITORING)
     return batch
 
 
