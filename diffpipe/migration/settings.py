@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffpipe.errors import ConfigError
 from diffpipe.migration.draft import Draft, Table
-from diffpipe.migration.model import Family
+from diffpipe.migration.families import Family
 
 CARRIED = {
     "output_dir": ("output_dir", ""),

@@ -12,7 +12,7 @@ from diffpipe.config.load import load_config
 from diffpipe.config.schema import Config, ScheduleConfig
 from diffpipe.errors import ConfigError
 from diffpipe.migration import Converted, convert
-from diffpipe.migration.model import ELSEWHERE, FAMILIES
+from diffpipe.migration.families import ELSEWHERE, FAMILIES
 from diffpipe.migration.settings import Scale
 from diffpipe.models.unet import unet_units
 from diffpipe.optim import check_optimizer, factor
