@@ -122,6 +122,17 @@ def convert(
 
 
 @app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CFG]", help="Config of the run to come.", show_default=False)] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Look at this machine as a run would use it: versions, GPUs, disks, limits; each fault with its cure."""
+    from diffpipe.cli.doctor import doctor_command
+
+    run_command(lambda: doctor_command(config, overrides))
+
+
+@app.command()
 def models(markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False) -> None:
     """List the model families and what each supports."""
     from diffpipe.cli.models import models_command

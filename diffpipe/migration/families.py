@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
+
+from diffpipe.config.schema import DType
+
+DTYPES = get_args(DType)
 
 
 @dataclass(frozen=True)

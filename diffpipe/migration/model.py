@@ -12,10 +12,7 @@ from typing import Any
 
 from diffpipe.errors import ConfigError
 from diffpipe.migration.draft import Draft, Table
-from diffpipe.migration.families import ELSEWHERE, FAMILIES, OFFICIAL_WAN, READ_BY, SHARDED, WAN_CLIP, Family
-
-DTYPES = ("float32", "bfloat16", "float16")
-
+from diffpipe.migration.families import DTYPES, ELSEWHERE, FAMILIES, OFFICIAL_WAN, READ_BY, SHARDED, WAN_CLIP, Family
 
 QUANTIZED = ("float8", "float8_e4m3fn", "float8_e5m2", "nf4")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffpipe.errors import ConfigError
 from diffpipe.migration.draft import Draft, Table
-from diffpipe.migration.families import Family
+from diffpipe.migration.families import DTYPES, Family
 
 CARRIED = {
     "output_dir": ("output_dir", ""),
@@ -37,7 +37,6 @@ LEFT = {
 }
 MONITORING = "Weights & Biases is not written to, and no config keeps a key; see the run folder's TensorBoard files"
 CLIPS = {"single_beginning": "first", "single_middle": "middle", "multiple_overlapping": "cover"}
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
