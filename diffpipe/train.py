@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -20,21 +19,25 @@ from diffpipe.data.feed import Feed
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
+from diffpipe.description import describe
 from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError, ShortageError
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
-from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
+from diffpipe.meter import Meter
+from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
-from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.requests import Request, Requests
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
+from diffpipe.trackers import TensorBoardSink
+from diffpipe.wishes import Wishes
 
 MakeSinks = Callable[[], list[Sink]]
 
@@ -203,7 +206,7 @@ class Trainer:
         )
         self.feed = Feed(loader, mesh.device)
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
-        self.device_peak = 0
+        self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
         self.saved_at = time.monotonic()
         if run.resumed is not None:
@@ -212,10 +215,13 @@ class Trainer:
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
-                sinks.note(note)
+                sinks.warn(note)
 
     def train(self) -> None:
-        """Run to the last step."""
+        """Run to the last step, or until asked to stop."""
+        wishes = Wishes(self.run.folder, self.sinks.note, self.sinks.warn)
+        requests = Requests(self.mesh, [wishes.take] if self.mesh.reporter else [])
+        self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
         if not self.run.resumed:
             self.evaluate()
         while self.step < self.total:
@@ -226,57 +232,62 @@ class Trainer:
             last = self.step == self.total
             if last or _due(self.step, self.config.eval.every_steps):
                 self.evaluate()
-            if last or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
+            asked = requests.agreed()
+            if last or Request.CHECKPOINT in asked or _due(self.step, self.config.checkpoint.every_steps) or self._minutes_are_up():
                 self.save()
             if (
                 last
+                or Request.EXPORT in asked
                 or _due(self.step, self.config.export.every_steps)
                 or (record.epoch_ends and _due(record.epoch + 1, self.config.export.every_epochs))
             ):
                 self.export()
+            if asked & (Request.STOP | Request.QUIT) and not last:
+                self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked; --resume goes on from the last checkpoint")
+                return
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
-        self.pipeline.stage.clock.take()
-        begin = time.perf_counter()
-        if self.mesh.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.mesh.device)
+        self.meter.begin()
         batch = next(self.feed)
-        read = time.perf_counter()
+        self.meter.lap("data")
+        self.sinks.doing(f"step {self.step + 1}, bucket {batch.bucket}")
         if self.step + 1 < self.total:
             self.feed.fetch_ahead()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
         share = self._pass(batch)
-        ran = self._now()
         gradients, norm = self._gradients()
         if not torch.isfinite(norm) and self.pipeline.attention.retreat():
-            self.sinks.note(f"step {self.step + 1}: the gradient was not finite; repeated, and going on, without cuDNN's attention")
+            self.sinks.warn(f"step {self.step + 1}: the gradient was not finite; repeated, and going on, without cuDNN's attention")
             self.optimizer.zero_grad(set_to_none=True)
             share = self._pass(batch)
-            ran = self._now()
             gradients, norm = self._gradients()
         self._check(norm, batch)
         if self.config.optimizer.clip is not None:
             torch._foreach_mul_(gradients, (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)) if gradients else None
-        averaged = self._now()
+        self.meter.lap("communication")
         self.release.step_rest()
+        self.meter.lap("optimizer")
         self.step += 1
-        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
-        end = self._now()
-        computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
-        return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+        record = self.meter.record(self.step, batch, share, norm, lr=max(group["lr"] for group in self.optimizer.param_groups))
+        if self.comparison is not None and self.comparison.due(batch.bucket):
+            lines = self.mesh.exchange(self.comparison.line(batch.bucket, self.meter.held))
+            self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
+        return record
 
     def _pass(self, batch: Batch) -> torch.Tensor:
         """Both passes of a step; once more by settings that hold less, where memory runs out and the config says so."""
         while True:
             try:
                 with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
-                    return self.pipeline.train(batch.microbatches)
+                    share = self.pipeline.train(batch.microbatches)
+                self.meter.lap("passes")
+                return share
             except ShortageError as fault:
                 settings = self._lower(batch)
                 if settings is None:
                     raise
-                self.sinks.note(f"{fault.found}; repeated with memory {settings.model_dump(mode='json', exclude_defaults=True)}")
+                self.sinks.warn(f"{fault.found}; repeated with memory {settings.model_dump(mode='json', exclude_defaults=True)}")
             # The fault is gone, and with it what its frames held.
             self.optimizer.zero_grad(set_to_none=True)
             self.pipeline.change_memory(settings)
@@ -298,39 +309,6 @@ class Trainer:
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
 
-    def _record(
-        self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float
-    ) -> StepRecord:
-        held = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
-        self.device_peak = max(self.device_peak, held)
-        if self.comparison is not None and self.comparison.due(batch.bucket):
-            lines = self.mesh.exchange(self.comparison.line(batch.bucket, held))
-            self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
-        device_peak, host_peak, compiled = self.mesh.largest(self.device_peak, psutil.Process().memory_info().rss, graphs())
-        return StepRecord(
-            step=self.step,
-            steps_total=self.total,
-            epoch=batch.epoch,
-            epoch_ends=batch.epoch_ends,
-            loss=loss,
-            bucket=str(batch.bucket),
-            lr=max(group["lr"] for group in self.optimizer.param_groups),
-            grad_norm=norm,
-            samples=len(batch.samples) * self.mesh.replicas,
-            step_time=took,
-            data_time=waited,
-            compute_time=computed,
-            communication_time=max(0.0, communicated),
-            device_peak=int(device_peak),
-            host_peak=int(host_peak),
-            graphs=int(compiled),
-        )
-
-    def _now(self) -> float:
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
-        return time.perf_counter()
-
     def _check(self, norm: torch.Tensor, batch: Batch) -> None:
         if not torch.isfinite(norm):
             raise DiffpipeError(
@@ -342,6 +320,7 @@ class Trainer:
     def evaluate(self) -> None:
         """The held-out loss of every set, at fixed quantiles and fixed noise."""
         for name, samples in self.held_out.items():
+            self.sinks.doing(f"evaluating {name}")
             sums = {quantile: [0.0, 0.0] for quantile in self.config.eval.quantiles}
             for batch in eval_batches(
                 samples,
@@ -367,19 +346,21 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint."""
+        self.sinks.doing("writing a checkpoint")
         self.pipeline.memory.settle()
         state = {"data": self.feed.state_dict(), "total": self.total, "cudnn_given_up": self.pipeline.attention.retreated}
         path = checkpoint.save(self.run.checkpoints, self.step, self.module, self.optimizer, state, self.mesh, self.config.checkpoint.keep)
         self.saved_at = time.monotonic()
-        self.sinks.note(f"checkpoint {path}")
+        self.sinks.written("checkpoint", path)
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
+        self.sinks.doing("exporting")
         self.pipeline.memory.settle()
         for path in export_weights(
             self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats
         ):
-            self.sinks.note(f"exported {path}")
+            self.sinks.written("export", path)
 
     def _minutes_are_up(self) -> bool:
         """Whether a checkpoint is due by the clock of the reporter, since clocks differ."""

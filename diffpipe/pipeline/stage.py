@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import ObjectiveConfig
 from diffpipe.models.base import Targets
+from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.cut import Layout, Part
 
 
@@ -32,37 +32,6 @@ class StepInputs:
     arriving: tuple[int | None, ...] = ()
     leaving: tuple[int | None, ...] = ()
     unused: list[int] = field(default_factory=list)
-
-
-class Clock:
-    """Adds up the time this rank spends computing; on CUDA with events, so that it never waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.spans: list[tuple[Any, Any]] = []
-        self.begun: Any = None
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self) -> None:
-        if self.begun is None:
-            self.begun = self._now()
-
-    def stop(self) -> None:
-        if self.begun is not None:
-            self.spans.append((self.begun, self._now()))
-            self.begun = None
-
-    def take(self) -> float:
-        """Seconds since the last call; the device must have finished what was timed."""
-        self.stop()
-        spans, self.spans = self.spans, []
-        return sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in spans)
 
 
 class _Wire(torch.autograd.Function):
@@ -85,6 +54,7 @@ class Stage(nn.Module):
     Attributes:
         inputs: what the current step is about; set before the schedule runs.
         clock: time spent in this stage's forward and backward passes.
+        losses: of each sample, by microbatch of the step; on the last stage.
     """
 
     def __init__(
@@ -94,6 +64,7 @@ class Stage(nn.Module):
         self.part, self.precision, self.objective = part, precision, objective
         self.inputs = StepInputs()
         self.clock = Clock(device)
+        self.losses: dict[int, Tensor] = {}
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What crosses to the next stage; on the last the microbatch's share of the step's loss, whose shape is always known."""
@@ -105,14 +76,16 @@ class Stage(nn.Module):
         with self.precision():
             sent, _ = self.part(arrived, self.inputs.layout, inputs)
         if self.part.last:
-            return self._share(sent, targets)
+            return self._share(sent, targets, int(microbatch))
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
         out = tuple(_Wire.apply(t, self.clock.start) if t.requires_grad else t.contiguous() for t in sent)
         self.clock.stop()
         return out
 
-    def _share(self, outputs: tuple[Tensor, ...], targets: Targets) -> Tensor:
-        total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta) / len(self.inputs.microbatches)
+    def _share(self, outputs: tuple[Tensor, ...], targets: Targets, microbatch: int) -> Tensor:
+        by_sample = outputs[0].new_zeros(len(outputs[0]), dtype=torch.float32)
+        total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta, by_sample) / len(self.inputs.microbatches)
+        self.losses[microbatch] = by_sample
         if total.requires_grad:
             total.register_hook(self._backward_begins)
         self.clock.stop()
@@ -133,12 +106,15 @@ def _lengthened(tensor: Tensor, dim: int | None, unused: int) -> Tensor:
     return nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, unused])
 
 
-def sum_errors(outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse", delta: float = 1.0) -> Tensor:
+def sum_errors(
+    outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse", delta: float = 1.0, by_sample: Tensor | None = None
+) -> Tensor:
     """Sum over outputs of the mean of ``weight * error``, in float32.
 
     Args:
         loss: "mse", "huber" or "smooth_l1", as torch.nn.functional defines them.
         delta: where the latter two turn from square to linear.
+        by_sample: B numbers; the same sum of each sample alone is added to them.
     """
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for output, (target, weight) in zip(outputs, targets, strict=True):
@@ -148,5 +124,8 @@ def sum_errors(outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse",
             error = nn.functional.huber_loss(output.float(), target.float(), reduction="none", delta=delta)
         else:
             error = nn.functional.smooth_l1_loss(output.float(), target.float(), reduction="none", beta=delta)
-        total = total + (error if weight is None else error * weight).mean()
+        error = error if weight is None else error * weight
+        total = total + error.mean()
+        if by_sample is not None:
+            by_sample += error.detach().flatten(1).mean(1)
     return total
