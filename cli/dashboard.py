@@ -14,10 +14,18 @@ from rich.live import Live
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from diffpipe.cli.keys import Keys, open_keys
 from diffpipe.cli.picture import View, picture
 from diffpipe.metrics import EvalRecord, Pace, Progress, RunRecord, Sink, StepRecord, TextSink, Wish, described
 
 REFRESH = 2  # pictures a second: they take time of the process that trains
+KEYS: dict[str, tuple[Wish, str]] = {
+    "s": ("save", "export"),
+    "c": ("checkpoint", "checkpoint"),
+    "x": ("stop", "checkpoint and stop"),
+    "q": ("quit", "quit"),
+}
+SURE = 5.0  # seconds in which q must be pressed again
 
 
 def make_sinks() -> list[Sink]:
@@ -62,6 +70,9 @@ class Dashboard(Sink):
         self.tasks: dict[str, TaskID] = {}
         self.pace = Pace()
         self.view: View | None = None
+        self.keys: Keys | None = None
+        self.ask: Callable[[Wish], None] | None = None
+        self.quitting = -SURE
         self.lock = threading.RLock()  # rich draws in a thread of its own
         self.live = Live(self, console=console, refresh_per_second=REFRESH, vertical_overflow="crop")
         self.live.start()
@@ -74,13 +85,32 @@ class Dashboard(Sink):
             yield self.bars
 
     def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
+        keys = open_keys(self.pressed)
+        shown = "" if keys is None else ", ".join(f"{key} {what}" for key, (_, what) in KEYS.items())
         with self.lock:
-            self.view = View(run)
+            self.view, self.keys, self.ask = View(run, shown), keys, ask
+
+    def pressed(self, key: str) -> None:
+        """A key was pressed; called in the thread that reads them."""
+        view, now = self.view, monotonic()
+        if key not in KEYS or view is None or self.ask is None:
+            return
+        wish, what = KEYS[key]
+        with self.lock:
+            if wish == "quit" and now - self.quitting > SURE:
+                self.quitting, view.hint = now, "q again quits without a checkpoint"
+                return
+            view.hint = ""
+            if what not in view.asked:
+                view.asked.append(what)
+        self.ask(wish)
 
     def doing(self, what: str) -> None:
         if self.view is not None:
             with self.lock:
                 self.view.doing, self.view.asked = (what, monotonic()), []
+                if monotonic() - self.quitting > SURE:
+                    self.view.hint = ""
 
     def step(self, record: StepRecord) -> None:
         view = self.view
@@ -125,4 +155,7 @@ class Dashboard(Sink):
 
     def close(self) -> None:
         self.doing("")
+        if self.keys is not None and self.view is not None:
+            self.keys.close()
+            self.view.keys = ""
         self.live.stop()

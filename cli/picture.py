@@ -26,16 +26,17 @@ class View:
     """What is known of a run.
 
     Attributes:
+        keys: what can be pressed.
         losses: of the whole run; the last ones apart.
         by_time: (t, loss) of the last samples.
         doing: what takes time now, and since when.
         asked: what a person asked for and has not got yet.
         hint: the answer to the last key, where it asked for nothing yet.
         written: by kind of file, the last one and when it was written.
-        keys: what can be pressed.
     """
 
     run: RunRecord
+    keys: str
     began: float = field(default_factory=monotonic)
     losses: Series = field(default_factory=Series)
     last_losses: deque[float] = field(default_factory=lambda: deque(maxlen=200))
@@ -48,7 +49,6 @@ class View:
     hint: str = ""
     written: dict[str, tuple[Path, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    keys: str = ""
 
 
 def picture(view: View, console: Console, options: ConsoleOptions) -> Panel:

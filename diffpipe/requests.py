@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from enum import IntFlag, auto
+from enum import Flag, auto
+from functools import reduce
+from operator import or_
 
 from diffpipe.pipeline.mesh import Mesh
 
 
-class Request(IntFlag):
+class Request(Flag):
     """What may be asked for; a run that stops writes a checkpoint first, one that quits does not."""
 
     CHECKPOINT = auto()
@@ -32,9 +34,7 @@ class Requests:
 
     def agreed(self) -> Request:
         """What any rank was asked for since the last call, the same on every rank."""
-        own = NOTHING
-        for source in self.sources:
-            own |= source()
+        own = reduce(or_, (source() for source in self.sources), NOTHING)
         kinds = list(Request)
         flags = self.mesh.largest(*(float(kind in own) for kind in kinds))
-        return sum((kind for kind, flag in zip(kinds, flags, strict=True) if flag), NOTHING)
+        return reduce(or_, (kind for kind, flag in zip(kinds, flags, strict=True) if flag), NOTHING)
