@@ -36,7 +36,7 @@ from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.requests import Request, Requests
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
-from diffpipe.trackers import TensorBoardSink
+from diffpipe.trackers import TensorBoardSink, WandbSink, check_wandb
 from diffpipe.wishes import Wishes
 
 MakeSinks = Callable[[], list[Sink]]
@@ -62,8 +62,9 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
 
 def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
     """``train`` by processes that have met; toys are made already."""
+    mesh.decide(lambda: check_wandb(config.metrics.wandb))
     run = mesh.decide(lambda: open_run(config, resume))
-    sinks = open_sinks(run, mesh, make_sinks)
+    sinks = open_sinks(run, config, mesh, make_sinks)
     try:
         model = make_model(config.model, config.objective)
         model.weights()
@@ -116,17 +117,15 @@ def cache(config: Config, *, make_sinks: MakeSinks, verify: bool = False, rebuil
             sinks.close()
 
 
-def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
+def open_sinks(run: Run, config: Config, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
     """Everything that records the run, on the rank that speaks for it; nothing on the others."""
+    opened: list[Sink] = []
+    wandb = config.metrics.wandb
+    mesh.decide(lambda: opened.extend([WandbSink(wandb, run.folder)] if wandb else []))  # which may fail: then all ranks do
     if not mesh.reporter:
         return Sinks([])
-    sinks = Sinks(
-        [
-            TensorBoardSink(run.tensorboard, checkpoint.read_state(run.resumed)["step"] if run.resumed else None),
-            TextSink.to_file(run.log),
-            *make_sinks(),
-        ]
-    )
+    resumed_at = checkpoint.read_state(run.resumed)["step"] if run.resumed else None
+    sinks = Sinks([TensorBoardSink(run.tensorboard, resumed_at), TextSink.to_file(run.log), *opened, *make_sinks()])
     sinks.note(f"run folder {run.folder}")
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
