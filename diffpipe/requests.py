@@ -21,10 +21,12 @@ SAME = 1.0  # seconds in which a terminal and a launcher may both pass on one Ct
 
 
 class Request(Flag):
-    """What may be asked for; a run that stops writes a checkpoint first."""
+    """What may be asked for; a run that stops writes a checkpoint first, one that quits does not."""
 
     CHECKPOINT = auto()
     STOP = auto()
+    EXPORT = auto()
+    QUIT = auto()
 
 
 NOTHING = Request(0)

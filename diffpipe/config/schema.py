@@ -475,8 +475,19 @@ class MemoryConfig(Section):
         return self
 
 
+class WandbConfig(Section):
+    project: str = Field(default="diffpipe", min_length=1, description="Project that runs are put into.")
+    entity: str | None = Field(default=None, description="User or team that it belongs to; null is your default one.")
+    name: str | None = Field(default=None, description="Name of the run; null is that of its folder.")
+
+
 class MetricsConfig(Section):
     every_steps: Positive = Field(default=1, description="Steps between records on screen and in TensorBoard.")
+    wandb: WandbConfig | None = Field(
+        default=None,
+        description="Record in Weights & Biases too, such as {project: mine}; null does not. It needs the package (pip install"
+        " 'diffpipe[wandb]'), and your key in the environment variable WANDB_API_KEY: it is never written anywhere.",
+    )
 
 
 class Config(Section):

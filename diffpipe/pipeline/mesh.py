@@ -86,6 +86,15 @@ class Mesh:
         dist.all_reduce(total, op=how)
         return total.tolist()
 
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, as many on each, in the order of ranks."""
+        if self.world == 1:
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        all_ranks = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(all_ranks, own)
+        return torch.stack(all_ranks).tolist()
+
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
         if self.world == 1:

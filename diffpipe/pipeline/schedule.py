@@ -69,6 +69,11 @@ class Pipeline:
         self._set_mode(training=True)
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
 
+    def losses(self) -> Tensor:
+        """Of each sample of the step that ``train`` ran, in order, on the last stage; of none on the others."""
+        parts = [self.stage.losses[number] for number in sorted(self.stage.losses)]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.mesh.device)
+
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """All gradients of this rank, summed over the stages where several hold a parameter; and those that no earlier stage holds.
 
@@ -107,6 +112,7 @@ class Pipeline:
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
+        self.stage.losses = {}
         self.memory.begin(len(microbatches))
         with self.shards.step() if self.shards is not None else nullcontext():
             if self.lockstep is not None and len(microbatches) > 1:
