@@ -66,7 +66,7 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Te
 
     Raises:
         DiffpipeError: for whatever the user can cure.
-        Stopped: when the run was asked to stop before its last step.
+        Stopped: when a signal asked the run to stop before its last step.
     """
     config = materialize(config)
     with open_mesh(config.mesh, {**config.model_dump(mode="json"), "versions": versions()}) as mesh:
@@ -268,7 +268,10 @@ class Trainer:
             if last or ends:
                 self._finish_saving(wait=True)
             if ends and not last:
-                raise Stopped(self.run.folder, self.step)
+                if Request.INTERRUPT in asked:
+                    raise Stopped(self.run.folder, self.step)
+                self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked; --resume goes on from the last checkpoint")
+                return
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
@@ -400,7 +403,6 @@ class Trainer:
             saved = self.checkpoints.finish(wait)
         if saved is not None:
             self.sinks.written("checkpoint", saved.path)
-            self.sinks.note(f"training stood still {saved.stalled:.3f} s for it")
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""

@@ -119,9 +119,9 @@ def test_keys_export_checkpoint_and_stop_a_run_of_two_stages_and_the_terminal_is
     shown = screen(*launcher, *PROGRAM, *arguments("flux", home / "keys", **LONG, **{"mesh.stages": 2}))
     shown.wait_for_text("q quit")
     run = folder_of(home / "keys")
+    shown.wait_for(lambda: shown.settings() != shown.found, "reading of keys, one by one")
     shown.press("s")
     shown.wait_for_text("export ")
-    assert shown.settings() != shown.found, "keys are read one by one"
     shown.press("c")
     shown.wait_for(lambda: list_checkpoints(run / "checkpoints"), "a checkpoint")
     shown.press("q")
