@@ -103,6 +103,36 @@ def export(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="OLD", help="Main config of diffusion-pipe (TOML).", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="NEW", help="File to write (YAML).", show_default="the screen")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="GPUs that it ran on.", show_default="one for each pipeline stage")
+    ] = None,
+    steps_per_epoch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Steps of an epoch, to turn counts of epochs into steps.", show_default=False)
+    ] = None,
+) -> None:
+    """Turn a diffusion-pipe config and its dataset configs into one of ours; tells what became of every key."""
+    from diffpipe.cli.convert import convert_command
+
+    run_command(lambda: convert_command(source, output, gpus, steps_per_epoch))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(metavar="[CFG]", help="Config of the run to come.", show_default=False)] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Look at this machine as a run would use it: versions, GPUs, disks, limits; each fault with its cure."""
+    from diffpipe.cli.doctor import doctor_command
+
+    run_command(lambda: doctor_command(config, overrides))
+
+
+@app.command()
 def models(markdown: Annotated[bool, typer.Option("--markdown", help="Print the README's table.")] = False) -> None:
     """List the model families and what each supports."""
     from diffpipe.cli.models import models_command

@@ -1,34 +1,62 @@
-"""The run on a terminal: a live dashboard, and plain lines where there is no terminal."""
+"""The run on a terminal: a live picture, and plain lines where there is no terminal."""
 
 from __future__ import annotations
 
-from collections import deque
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.panel import Panel
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
-from diffpipe.metrics import GIB, EvalRecord, Pace, Progress, Sink, StepRecord, TextSink, described
+from diffpipe.cli.keys import Keys, open_keys
+from diffpipe.cli.picture import View, picture
+from diffpipe.metrics import EvalRecord, Pace, Progress, RunRecord, Sink, StepRecord, TextSink, Wish, described
 
-BARS = "▁▂▃▄▅▆▇█"
+REFRESH = 2  # pictures a second: they take time of the process that trains
+KEYS: dict[str, tuple[Wish, str]] = {
+    "s": ("save", "export"),
+    "c": ("checkpoint", "checkpoint"),
+    "x": ("stop", "checkpoint and stop"),
+    "q": ("quit", "quit"),
+}
+SURE = 5.0  # seconds in which q must be pressed again
 
 
 def make_sinks() -> list[Sink]:
     """What shows a run to the person who started it."""
-    console = Console()
-    if console.is_terminal:
+    console = Console(file=Whole(sys.stdout))  # pyright: ignore[reportArgumentType]
+    # rich takes FORCE_COLOR for a terminal, which a log file may have.
+    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return [Dashboard(console)]
     return [TextSink(lambda line: print(line, flush=True))]
 
 
-class Dashboard:
-    """A metrics sink drawn with rich."""
+class Whole:
+    """An output whose every write a terminal shows at once, so that no half of a picture is ever seen (DEC private mode 2026).
+
+    A terminal that does not know the mode leaves it out.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def write(self, text: str) -> int:
+        return self.file.write(f"\x1b[?2026h{text}\x1b[?2026l" if "\x1b[" in text else text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+class Dashboard(Sink):
+    """A metrics sink drawn with rich: bars of what is prepared, then the picture of the run; notes scroll by above it."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
         self.bars = Bars(
             TextColumn("{task.description:<16}"),
             BarColumn(bar_width=None),
@@ -41,77 +69,93 @@ class Dashboard:
         )
         self.tasks: dict[str, TaskID] = {}
         self.pace = Pace()
-        self.last: StepRecord | None = None
-        self.losses: deque[float] = deque(maxlen=60)
-        self.buckets: dict[str, float] = {}
-        self.evaluations: dict[str, list[float]] = {}
-        self.live = Live(self.draw(), console=console, refresh_per_second=4)
+        self.view: View | None = None
+        self.keys: Keys | None = None
+        self.ask: Callable[[Wish], None] | None = None
+        self.quitting = -SURE
+        self.lock = threading.RLock()  # rich draws in a thread of its own
+        self.live = Live(self, console=console, refresh_per_second=REFRESH, vertical_overflow="crop")
         self.live.start()
 
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with self.lock:
+            shown = [] if self.view is None else [picture(self.view, console, options)]
+        yield from shown
+        if self.tasks:
+            yield self.bars
+
+    def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
+        keys = open_keys(self.pressed)
+        shown = "" if keys is None else ", ".join(f"{key} {what}" for key, (_, what) in KEYS.items())
+        with self.lock:
+            self.view, self.keys, self.ask = View(run, shown), keys, ask
+
+    def pressed(self, key: str) -> None:
+        """A key was pressed; called in the thread that reads them."""
+        view, now = self.view, monotonic()
+        if key not in KEYS or view is None or self.ask is None:
+            return
+        wish, what = KEYS[key]
+        with self.lock:
+            if wish == "quit" and now - self.quitting > SURE:
+                self.quitting, view.hint = now, "q again quits without a checkpoint"
+                return
+            view.hint = ""
+            if what not in view.asked:
+                view.asked.append(what)
+        self.ask(wish)
+
+    def doing(self, what: str) -> None:
+        if self.view is not None:
+            with self.lock:
+                self.view.doing, self.view.asked = (what, monotonic()), []
+                if monotonic() - self.quitting > SURE:
+                    self.view.hint = ""
+
     def step(self, record: StepRecord) -> None:
-        self.last = record
-        self.losses.append(record.loss)
-        before = self.buckets.get(record.bucket, record.loss)
-        self.buckets[record.bucket] = 0.9 * before + 0.1 * record.loss
-        self.progress(Progress("train", record.step, record.steps_total))
-        self.live.update(self.draw())
+        view = self.view
+        assert view is not None
+        with self.lock:
+            view.losses.add(record.loss)
+            view.last_losses.append(record.loss)
+            view.recent.append(record)
+            view.by_time.extend(record.by_time)
+            view.buckets[record.bucket] = 0.9 * view.buckets.get(record.bucket, record.loss) + 0.1 * record.loss
 
     def evaluation(self, record: EvalRecord) -> None:
-        self.evaluations.setdefault(record.name, []).append(record.loss)
-        self.live.update(self.draw())
+        assert self.view is not None
+        with self.lock:
+            self.view.evaluations.setdefault(record.name, []).append(record)
+
+    def written(self, kind: str, path: Path) -> None:
+        if self.view is not None:
+            with self.lock:
+                self.view.written[kind] = (path, monotonic())
+        self.note(f"{kind} {path}")
 
     def note(self, text: str) -> None:
-        self.live.console.print(text, markup=False, highlight=False)
+        self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        if self.view is not None:
+            with self.lock:
+                self.view.warnings.append(text)
+        self.live.console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True, style="yellow")
 
     def progress(self, progress: Progress) -> None:
         count = described(progress, self.pace.of(progress))
-        if progress.task not in self.tasks:
+        if progress.done >= progress.total:
+            if (bar := self.tasks.pop(progress.task, None)) is not None:
+                self.bars.remove_task(bar)
+            self.note(f"{progress.task} {count}")
+        elif progress.task not in self.tasks:
             self.tasks[progress.task] = self.bars.add_task(progress.task, total=progress.total, completed=progress.done, count=count)
-            return
-        if self.bars.tasks[self.tasks[progress.task]].finished and progress.done < progress.total:
-            self.bars.reset(self.tasks[progress.task])
-        self.bars.update(self.tasks[progress.task], completed=progress.done, total=progress.total, count=count)
+        else:
+            self.bars.update(self.tasks[progress.task], completed=progress.done, total=progress.total, count=count)
 
     def close(self) -> None:
-        self.live.update(self.draw(), refresh=True)
+        self.doing("")
+        if self.keys is not None and self.view is not None:
+            self.keys.close()
+            self.view.keys = ""
         self.live.stop()
-
-    def draw(self) -> Group:
-        """The whole picture."""
-        if self.last is None:
-            return Group(self.bars)
-        return Group(Panel(self._numbers(self.last), title="training", border_style="cyan"), self.bars)
-
-    def _numbers(self, r: StepRecord) -> Table:
-        table = Table.grid(padding=(0, 2), expand=True)
-        for _ in range(2):
-            table.add_column(style="dim", no_wrap=True)
-            table.add_column(no_wrap=True, ratio=1)
-        memory = f"device {r.device_peak / GIB:.2f} GiB, " if r.device_peak else ""
-        share = {
-            name: part / r.step_time if r.step_time else 0
-            for name, part in (("data", r.data_time), ("compute", r.compute_time), ("comm", r.communication_time))
-        }
-        table.add_row("loss", f"[bold]{r.loss:.4f}[/] {spark(self.losses)}", "grad norm", f"{r.grad_norm:.3g}")
-        table.add_row("step", f"{r.step} of {r.steps_total}, epoch {r.epoch + 1}", "lr", f"{r.lr:.3g}")
-        table.add_row(
-            "step time",
-            f"{r.step_time:.3f} s, {r.samples_per_second:.2f} samples/s",
-            "split",
-            ", ".join(f"{n} {v:.0%}" for n, v in share.items()),
-        )
-        table.add_row("memory", f"{memory}host {r.host_peak / GIB:.2f} GiB", "bucket", r.bucket)
-        if r.graphs:
-            table.add_row("compiled", f"{r.graphs} graphs", "", "")
-        worst = sorted(self.buckets.items(), key=lambda b: -b[1])[:4]
-        table.add_row("bucket loss", ", ".join(f"{name} {loss:.3f}" for name, loss in worst), "", "")
-        for name, losses in self.evaluations.items():
-            table.add_row(f"eval {name}", f"{losses[-1]:.4f} {spark(losses[-30:])}", "at start", f"{losses[0]:.4f}")
-        return table
-
-
-def spark(values: deque[float] | list[float]) -> str:
-    """The values as a row of bars."""
-    low, high = min(values), max(values)
-    width = high - low or 1.0
-    return "".join(BARS[round((v - low) / width * (len(BARS) - 1))] for v in values)

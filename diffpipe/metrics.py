@@ -1,37 +1,142 @@
-"""What a run tells about itself, and the sinks that record it."""
+"""What a run tells about itself, and the sinks that it tells."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from time import monotonic
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 GIB = 1 << 30
+Wish = Literal["save", "checkpoint", "stop", "quit"]  # what a person may ask of a run
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank works; memory in bytes.
+
+    Attributes:
+        device: its name.
+        device_memory: what the rank may hold there, ``memory.budget`` or all that the device has; 0 on the CPU.
+        host_memory: what the machine has.
+    """
+
+    stage: int
+    replica: int
+    device: str
+    device_memory: int
+    host_memory: int
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run before its first step.
+
+    Attributes:
+        trains: what is trained, for a person.
+        places: by rank.
+        config: as it was resolved, as JSON.
+    """
+
+    name: str
+    trains: str
+    places: tuple[Place, ...]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where a rank's time of a step went, in seconds; together the step.
+
+    Attributes:
+        data: waiting for the batch.
+        compute: both passes and the optimizer.
+        stall: in the passes, waiting for weights and activations that come from host memory.
+        bubble: in the passes, waiting for other stages and what they send.
+        communication: what is left: averaging gradients, adding up their norm and the loss.
+    """
+
+    data: float
+    compute: float
+    stall: float
+    bubble: float
+    communication: float
+
+    @classmethod
+    def mean(cls, splits: Sequence[Split]) -> Split:
+        return cls(*(sum(parts) / len(splits) for parts in zip(*map(astuple, splits), strict=True)))
+
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """One rank's part of a step; memory in bytes.
+
+    Attributes:
+        device_peak: the most that it held on its device so far; 0 on the CPU.
+        host: what its process holds in host memory, its workers apart.
+    """
+
+    stage: int
+    replica: int
+    split: Split
+    device_peak: int
+    host: int
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step. Times are in seconds, memory in bytes (the largest of all ranks)."""
+    """One optimizer step; times in seconds.
+
+    Attributes:
+        smoothed: the loss, averaged over about the last 50 steps.
+        left: what the rest of the run will take.
+        by_time: (t, loss) of every sample, t in [0, 1] with 1 for pure noise.
+        ranks: in order.
+        graphs: compiled so far, the most of all ranks.
+        skipped: steps of the run so far that moved no weights.
+    """
 
     step: int
     steps_total: int
     epoch: int
     epoch_ends: bool
     loss: float
+    smoothed: float
     bucket: str
     lr: float
     grad_norm: float
     samples: int
     step_time: float
-    data_time: float
-    compute_time: float
-    communication_time: float
-    device_peak: int
-    host_peak: int
-    graphs: int = 0  # compiled so far, the most of all ranks
+    left: float
+    by_time: tuple[tuple[float, float], ...]
+    ranks: tuple[RankRecord, ...]
+    graphs: int = 0
+    skipped: int = 0
+
+    @property
+    def split(self) -> Split:
+        """The mean of all ranks."""
+        return Split.mean([rank.split for rank in self.ranks])
+
+    @property
+    def stages(self) -> dict[int, list[RankRecord]]:
+        """Ranks by stage."""
+        return {n: [r for r in self.ranks if r.stage == n] for n in sorted({r.stage for r in self.ranks})}
+
+    @property
+    def device_peak(self) -> int:
+        """The largest of all ranks, in bytes; so is ``host``."""
+        return max(rank.device_peak for rank in self.ranks)
+
+    @property
+    def host(self) -> int:
+        return max(rank.host for rank in self.ranks)
 
     @property
     def samples_per_second(self) -> float:
@@ -79,22 +184,83 @@ class Pace:
         return (progress.done - already) / (now - began) if now > began else 0.0
 
 
+class Smoothed:
+    """An exponential average that the first values do not weigh down.
+
+    Args:
+        steps: about how many values it looks back.
+    """
+
+    def __init__(self, steps: float = 50.0) -> None:
+        self.keep = 1 - 1 / steps
+        self.sum, self.weight = 0.0, 0.0
+
+    def of(self, value: float) -> float:
+        """The average, with one more value."""
+        self.sum = self.keep * self.sum + value
+        self.weight = self.keep * self.weight + 1
+        return self.sum / self.weight
+
+
+def by_tenth(samples: Iterable[tuple[float, float]]) -> dict[int, list[float]]:
+    """Losses by the tenth of [0, 1] that their t lies in.
+
+    Args:
+        samples: (t, loss).
+    """
+    tenths: dict[int, list[float]] = {}
+    for t, loss in samples:
+        tenths.setdefault(min(int(10 * t), 9), []).append(loss)
+    return tenths
+
+
 class Sink(Protocol):
-    """Something that records or shows a run."""
+    """Something that records or shows a run; what it does not care for it leaves out."""
 
-    def step(self, record: StepRecord) -> None: ...
-    def evaluation(self, record: EvalRecord) -> None: ...
-    def note(self, text: str) -> None: ...
-    def progress(self, progress: Progress) -> None: ...
-    def close(self) -> None: ...
+    def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
+        """The first step comes next.
+
+        Args:
+            ask: takes what a person asks of the run; from any thread.
+        """
+
+    def doing(self, what: str) -> None:
+        """What takes time from now on."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step is over."""
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """A held-out set was evaluated."""
+
+    def written(self, kind: str, path: Path) -> None:
+        """A checkpoint or an export is there."""
+
+    def note(self, text: str) -> None:
+        """Something that a person may want to know."""
+
+    def warn(self, text: str) -> None:
+        """A note of something that is not as it should be."""
+
+    def progress(self, progress: Progress) -> None:
+        """A task went on."""
+
+    def close(self) -> None:
+        """Nothing comes any more."""
 
 
-class Sinks:
-    """Several sinks as one. One that cannot write (a full disk) is left out from then on, and the others tell of it:
-    training goes on without a record rather than ending for one."""
+class Sinks(Sink):
+    """Several sinks as one. One that cannot go on (a full disk, a tracker that is gone) is left out from then on, and the others tell
+    of it: training goes on without a record rather than ending for one."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = list(sinks)
+
+    def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
+        self._each(lambda sink: sink.begin(run, ask))
+
+    def doing(self, what: str) -> None:
+        self._each(lambda sink: sink.doing(what))
 
     def step(self, record: StepRecord) -> None:
         self._each(lambda sink: sink.step(record))
@@ -102,8 +268,14 @@ class Sinks:
     def evaluation(self, record: EvalRecord) -> None:
         self._each(lambda sink: sink.evaluation(record))
 
+    def written(self, kind: str, path: Path) -> None:
+        self._each(lambda sink: sink.written(kind, path))
+
     def note(self, text: str) -> None:
         self._each(lambda sink: sink.note(text))
+
+    def warn(self, text: str) -> None:
+        self._each(lambda sink: sink.warn(text))
 
     def progress(self, progress: Progress) -> None:
         self._each(lambda sink: sink.progress(progress))
@@ -115,59 +287,12 @@ class Sinks:
         for sink in list(self.sinks):
             try:
                 tell(sink)
-            except OSError as fault:
+            except Exception as fault:
                 self.sinks.remove(sink)
-                self.note(f"{type(sink).__name__} records no more: {fault}")
+                self.warn(f"{type(sink).__name__} records no more: {type(fault).__name__}: {fault}")
 
 
-class TensorBoardSink:
-    """Scalars for TensorBoard.
-
-    Args:
-        folder: where its event files go.
-        resumed_at: the step a resumed run goes on from; what was written after it is hidden.
-    """
-
-    def __init__(self, folder: Path, resumed_at: int | None = None) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
-
-    def step(self, record: StepRecord) -> None:
-        values = {
-            "train/loss": record.loss,
-            f"train/loss/{record.bucket}": record.loss,
-            "train/lr": record.lr,
-            "train/grad_norm": record.grad_norm,
-            "train/epoch": record.epoch,
-            "train/samples_per_second": record.samples_per_second,
-            "time/step": record.step_time,
-            "time/data": record.data_time,
-            "time/compute": record.compute_time,
-            "time/communication": record.communication_time,
-            "memory/device": record.device_peak / GIB,
-            "memory/host": record.host_peak / GIB,
-            "compile/graphs": record.graphs,
-        }
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, record.step)
-
-    def evaluation(self, record: EvalRecord) -> None:
-        self.writer.add_scalar(f"eval/{record.name}/loss", record.loss, record.step)
-        for quantile, loss in record.by_quantile.items():
-            self.writer.add_scalar(f"eval/{record.name}/loss_q{quantile:g}", loss, record.step)
-
-    def note(self, text: str) -> None:
-        """Notes are for people; the log has them."""
-
-    def progress(self, progress: Progress) -> None:
-        """Progress is for people."""
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class TextSink:
+class TextSink(Sink):
     """Plain lines, for a log file or an output that is no terminal.
 
     Args:
@@ -179,7 +304,6 @@ class TextSink:
         self.write, self.every = write, every
         self.pace = Pace()
         self.told: dict[str, float] = {}
-        self.first: tuple[float, int] | None = None
 
     @classmethod
     def to_file(cls, path: Path) -> TextSink:
@@ -192,24 +316,27 @@ class TextSink:
         return cls(write)
 
     def step(self, record: StepRecord) -> None:
-        self.first = self.first or (monotonic() - record.step_time, record.step - 1)
-        per_step = (monotonic() - self.first[0]) / (record.step - self.first[1])
-        left = duration((record.steps_total - record.step) * per_step)
         memory = f" device {record.device_peak / GIB:.2f} GiB" if record.device_peak else ""
         memory += f" graphs {record.graphs}" if record.graphs else ""
+        split = ", ".join(f"{name} {part:.3f}" for name, part in record.split.parts().items() if part or name not in ("stall", "bubble"))
         self.write(
             f"step {record.step}/{record.steps_total} epoch {record.epoch + 1} loss {record.loss:.5f} lr {record.lr:.3g} "
             f"grad_norm {record.grad_norm:.3g} "
-            f"bucket {record.bucket} {record.step_time:.3f} s (data {record.data_time:.3f}, compute {record.compute_time:.3f}, "
-            f"communication {record.communication_time:.3f}){memory} left {left}"
+            f"bucket {record.bucket} {record.step_time:.3f} s ({split}){memory} left {duration(record.left)}"
         )
 
     def evaluation(self, record: EvalRecord) -> None:
         parts = ", ".join(f"q{q:g} {loss:.4f}" for q, loss in record.by_quantile.items())
         self.write(f"step {record.step} eval/{record.name}/loss {record.loss:.5f} ({parts})")
 
+    def written(self, kind: str, path: Path) -> None:
+        self.write(f"{kind} {path}")
+
     def note(self, text: str) -> None:
         self.write(text)
+
+    def warn(self, text: str) -> None:
+        self.write(f"warning: {text}")
 
     def progress(self, progress: Progress) -> None:
         now, pace = monotonic(), self.pace.of(progress)
@@ -221,9 +348,6 @@ class TextSink:
             del self.told[progress.task]
         left = f" left {duration((progress.total - progress.done) / pace)}" if pace and not finished else ""
         self.write(f"{progress.task} {described(progress, pace)}{left}")
-
-    def close(self) -> None:
-        """Every line is written at once."""
 
 
 def described(progress: Progress, pace: float) -> str:

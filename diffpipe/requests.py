@@ -21,10 +21,14 @@ SAME = 1.0  # seconds in which a terminal and a launcher may both pass on one Ct
 
 
 class Request(Flag):
-    """What may be asked for; a run that stops writes a checkpoint first."""
+    """What may be asked for; a run that stops writes a checkpoint first, one that quits does not. One that is interrupted tells whoever
+    started it to start it again."""
 
     CHECKPOINT = auto()
     STOP = auto()
+    EXPORT = auto()
+    QUIT = auto()
+    INTERRUPT = auto()
 
 
 NOTHING = Request(0)
@@ -81,7 +85,7 @@ class Signals:
 
     def take(self) -> Request:
         """Whether a signal came; nothing takes it back."""
-        return Request.STOP if self.stopping.is_set() else NOTHING
+        return Request.STOP | Request.INTERRUPT if self.stopping.is_set() else NOTHING
 
     def _listen(self) -> None:
         first: int | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from diffpipe.checkpoint import damage, list_checkpoints, read_state, set_aside, write_durably
+from diffpipe.config.load import differences
 from diffpipe.config.schema import Config
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.pipeline.mesh import Mesh
@@ -161,12 +162,12 @@ def _reopen(config: Config, folder: Path, checkpoint: Path, passed: list[str], l
     state = read_state(checkpoint)
     check_batch(config, state["data"]["group"], checkpoint)
     earlier = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-    changes = differences(earlier, yaml.safe_load(dump(config)))
+    changes = _changes(earlier, yaml.safe_load(dump(config)))
     if changes:
         # The config that the run had so far is kept beside the one it goes on with.
         write_durably(folder / f"config.until-{checkpoint.name}.yaml", (folder / CONFIG).read_bytes())
         write_durably(folder / CONFIG, dump(config))
-    changes += differences(state["versions"], versions())
+    changes += _changes(state["versions"], versions())
     _claim(folder, launch)
     return Run(folder, checkpoint, tuple(changes), tuple(passed))
 
@@ -205,11 +206,6 @@ def dump(config: Config) -> bytes:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True).encode()
 
 
-def differences(before: Any, after: Any, key: str = "") -> list[str]:
+def _changes(before: Any, after: Any) -> list[str]:
     """One line for each key whose value is not the same."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        lines: list[str] = []
-        for name in [*before, *(n for n in after if n not in before)]:
-            lines += differences(before.get(name), after.get(name), f"{key}.{name}" if key else str(name))
-        return lines
-    return [] if before == after else [f"{key} was {before!r}, now {after!r}"]
+    return [f"{key} was {old!r}, now {new!r}" for key, old, new in differences(before, after)]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -20,51 +20,64 @@ from diffpipe.data.feed import Feed
 from diffpipe.data.loader import Batch, eval_batches, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
+from diffpipe.description import describe
 from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
-from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TensorBoardSink, TextSink
+from diffpipe.guard import Guard
+from diffpipe.meter import Meter
+from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.pipeline.build import build
-from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.shard import local
+from diffpipe.pipeline.watch import Watch
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
+from diffpipe.trackers import TensorBoardSink, WandbSink, check_wandb
 from diffpipe.versions import versions
+from diffpipe.wishes import Wishes
 
 MakeSinks = Callable[[], list[Sink]]
+Tell = Callable[[DiffpipeError], None]
 
 
-def train(config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+def print_fault(fault: DiffpipeError) -> None:
+    """Tell of a fault that no exception can bring to whoever called, since its process is ended."""
+    print(fault, file=sys.stderr, flush=True)
+
+
+def train(config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
     """Train as ``config`` says, in a new run folder or on from a checkpoint.
 
     Args:
         resume: None for a new run, "" for the newest run, else a run's name or folder.
         make_sinks: makes what shows the run to a person; called on the one rank that speaks for it.
+        tell: shows why this process is ended, when another rank is gone or hangs and this one may wait for it for ever.
 
     Returns:
         The run folder.
 
     Raises:
         DiffpipeError: for whatever the user can cure.
-        Stopped: when the run was asked to stop before its last step.
+        Stopped: when a signal asked the run to stop before its last step.
     """
     config = materialize(config)
-    with open_mesh(config.mesh) as mesh:
-        return train_on(mesh, config, resume=resume, make_sinks=make_sinks)
+    with open_mesh(config.mesh, {**config.model_dump(mode="json"), "versions": versions()}) as mesh:
+        return train_on(mesh, config, resume=resume, make_sinks=make_sinks, tell=tell)
 
 
-def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks) -> Path:
+def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
     """``train`` by processes that have met; toys are made already."""
+    mesh.decide(lambda: check_wandb(config.metrics.wandb))
     run = open_run(config, resume, mesh)
-    sinks = open_sinks(run, mesh, make_sinks)
+    sinks = open_sinks(run, config, mesh, make_sinks)
     try:
         model = make_model(config.model, config.objective)
         model.weights()
@@ -79,7 +92,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast).train()
+        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast, tell).train()
     except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
@@ -117,17 +130,15 @@ def cache(config: Config, *, make_sinks: MakeSinks, verify: bool = False, rebuil
             sinks.close()
 
 
-def open_sinks(run: Run, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
+def open_sinks(run: Run, config: Config, mesh: Mesh, make_sinks: MakeSinks) -> Sinks:
     """Everything that records the run, on the rank that speaks for it; nothing on the others."""
+    opened: list[Sink] = []
+    wandb = config.metrics.wandb
+    mesh.decide(lambda: opened.extend([WandbSink(wandb, run.folder)] if wandb else []))  # which may fail: then all ranks do
     if not mesh.reporter:
         return Sinks([])
-    sinks = Sinks(
-        [
-            TensorBoardSink(run.tensorboard, read_state(run.resumed)["step"] if run.resumed else None),
-            TextSink.to_file(run.log),
-            *make_sinks(),
-        ]
-    )
+    resumed_at = read_state(run.resumed)["step"] if run.resumed else None
+    sinks = Sinks([TensorBoardSink(run.tensorboard, resumed_at), TextSink.to_file(run.log), *opened, *make_sinks()])
     sinks.note(f"run folder {run.folder}")
     for damaged in run.passed:
         sinks.note(damaged)
@@ -180,6 +191,7 @@ class Trainer:
         held_out: dict[str, Samples],
         pipeline: Pipeline,
         forecast: Forecast | None,
+        tell: Tell,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out, self.forecast = held_out, forecast
@@ -209,22 +221,28 @@ class Trainer:
         )
         self.feed = Feed(loader, mesh.device)
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
-        self.device_peak = 0
+        self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
+        self.watch = Watch(mesh, config.mesh.timeout, tell)
+        self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
         self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
         if run.resumed is not None:
             state = load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
             self.step = state["step"]
+            self.guard.skipped, self.guard.in_a_row = state["skipped"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
-                sinks.note(note)
+                sinks.warn(note)
 
     def train(self) -> None:
-        """Run to the last step."""
-        with Signals(self.sinks.note) as signals:
-            self._train(Requests(self.mesh, [signals.take, self._asked_by_the_clock]))
+        """Run to the last step, or until asked to stop."""
+        wishes = Wishes(self.run.folder, self.sinks.note, self.sinks.warn)
+        with self.watch, Signals(self.sinks.note) as signals:
+            self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
+            sources = [signals.take, self._asked_by_the_clock, *([wishes.take] if self.mesh.reporter else [])]
+            self._train(Requests(self.mesh, sources))
 
     def _train(self, requests: Requests) -> None:
         config = self.config
@@ -240,58 +258,81 @@ class Trainer:
                 self.evaluate()
             asked = requests.agreed()
             self._finish_saving(wait=False)
-            if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
+            saves = last or bool(asked & (Request.CHECKPOINT | Request.STOP))
+            if saves or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
-            if last or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
+            exports = last or Request.EXPORT in asked
+            if exports or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
-            if last or Request.STOP in asked:
+            ends = bool(asked & (Request.STOP | Request.QUIT))
+            if last or ends:
                 self._finish_saving(wait=True)
-            if Request.STOP in asked and not last:
-                raise Stopped(self.run.folder, self.step)
+            if ends and not last:
+                if Request.INTERRUPT in asked:
+                    raise Stopped(self.run.folder, self.step)
+                self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked; --resume goes on from the last checkpoint")
+                return
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
-        self.pipeline.stage.clock.take()
-        begin = time.perf_counter()
-        if self.mesh.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.mesh.device)
+        self.meter.begin()
         batch = next(self.feed)
-        read = time.perf_counter()
+        self.meter.lap("data")
+        self.sinks.doing(f"step {self.step + 1}, bucket {batch.bucket}")
         if self.step + 1 < self.total:
             self.feed.fetch_ahead()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
         share = self._pass(batch)
-        ran = self._now()
         gradients, norm = self._gradients()
         if not torch.isfinite(norm) and self.pipeline.attention.retreat():
-            self.sinks.note(f"step {self.step + 1}: the gradient was not finite; repeated, and going on, without cuDNN's attention")
+            self.sinks.warn(f"step {self.step + 1}: the gradient was not finite; repeated, and going on, without cuDNN's attention")
             self.optimizer.zero_grad(set_to_none=True)
             share = self._pass(batch)
-            ran = self._now()
             gradients, norm = self._gradients()
-        self._check(norm, batch)
-        if self.config.optimizer.clip is not None:
+        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
+        moves = self._may_move(loss, norm.item(), batch)
+        if moves and self.config.optimizer.clip is not None:
             scale = (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(g) for g in gradients], scale) if gradients else None
-        averaged = self._now()
-        self.release.step_rest()
+        self.meter.lap("communication")
+        if moves:
+            self.release.step_rest()
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
+        self.meter.lap("optimizer")
         self.step += 1
-        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
-        end = self._now()
-        computed = self.pipeline.stage.clock.take() if self.mesh.stages > 1 else ran - read
-        return self._record(batch, loss, norm.item(), end - begin, read - begin, computed + end - averaged, averaged - read - computed)
+        self.watch.tick()
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        record = self.meter.record(self.step, batch, share, norm, lr, self.guard.skipped)
+        if self.comparison is not None and self.comparison.due(batch.bucket):
+            lines = self.mesh.exchange(self.comparison.line(batch.bucket, self.meter.held))
+            self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
+        return record
+
+    def _may_move(self, loss: float, norm: float, batch: Batch) -> bool:
+        """Whether the step may move the weights; the run may end here instead, with its last checkpoint complete."""
+        try:
+            skipped = self.guard.judge(self.step + 1, loss, norm, batch, self.pipeline.shares)
+        except DiffpipeError:
+            self._finish_saving(wait=True)
+            raise
+        if skipped is not None:
+            self.sinks.note(skipped)
+        return skipped is None
 
     def _pass(self, batch: Batch) -> torch.Tensor:
         """Both passes of a step; once more by settings that hold less, where memory runs out and the config says so."""
         while True:
             try:
                 with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
-                    return self.pipeline.train(batch.microbatches)
+                    share = self.pipeline.train(batch.microbatches)
+                self.meter.lap("passes")
+                return share
             except ShortageError as fault:
                 settings = self._lower(batch)
                 if settings is None:
                     raise
-                self.sinks.note(f"{fault.found}; repeated with memory {settings.model_dump(mode='json', exclude_defaults=True)}")
+                self.sinks.warn(f"{fault.found}; repeated with memory {settings.model_dump(mode='json', exclude_defaults=True)}")
             # The fault is gone, and with it what its frames held.
             self.optimizer.zero_grad(set_to_none=True)
             self.pipeline.change_memory(settings)
@@ -313,52 +354,10 @@ class Trainer:
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
 
-    def _record(
-        self, batch: Batch, loss: float, norm: float, took: float, waited: float, computed: float, communicated: float
-    ) -> StepRecord:
-        held = torch.cuda.max_memory_allocated(self.mesh.device) if self.mesh.device.type == "cuda" else 0
-        self.device_peak = max(self.device_peak, held)
-        if self.comparison is not None and self.comparison.due(batch.bucket):
-            lines = self.mesh.exchange(self.comparison.line(batch.bucket, held))
-            self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
-        device_peak, host_peak, compiled = self.mesh.largest(self.device_peak, psutil.Process().memory_info().rss, graphs())
-        return StepRecord(
-            step=self.step,
-            steps_total=self.total,
-            epoch=batch.epoch,
-            epoch_ends=batch.epoch_ends,
-            loss=loss,
-            bucket=str(batch.bucket),
-            lr=max(group["lr"] for group in self.optimizer.param_groups),
-            grad_norm=norm,
-            samples=len(batch.samples) * self.mesh.replicas,
-            step_time=took,
-            data_time=waited,
-            compute_time=computed,
-            communication_time=max(0.0, communicated),
-            device_peak=int(device_peak),
-            host_peak=int(host_peak),
-            graphs=int(compiled),
-        )
-
-    def _now(self) -> float:
-        if self.mesh.device.type == "cuda":
-            torch.cuda.synchronize(self.mesh.device)
-        return time.perf_counter()
-
-    def _check(self, norm: torch.Tensor, batch: Batch) -> None:
-        if not torch.isfinite(norm):
-            cudnn = ", or model.attention sdpa" if self.pipeline.attention.cudnn else ""
-            raise DiffpipeError(
-                f"the gradient of step {self.step + 1} is not finite (bucket {batch.bucket}, samples {batch.samples[:8]})",
-                where="optimizer.lr",
-                fix="train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16 instead of float16"
-                + cudnn,
-            )
-
     def evaluate(self) -> None:
         """The held-out loss of every set, at fixed quantiles and fixed noise."""
         for name, samples in self.held_out.items():
+            self.sinks.doing(f"evaluating {name}")
             sums = {quantile: [0.0, 0.0] for quantile in self.config.eval.quantiles}
             for batch in eval_batches(
                 samples,
@@ -372,6 +371,7 @@ class Trainer:
             ):
                 with self._explained(f"the evaluation of bucket {batch.bucket}"):
                     loss = self.pipeline.evaluate(batch.microbatches).item()
+                self.watch.tick()
                 quantile = batch.quantile or 0.0
                 if self.mesh.stage == self.mesh.stages - 1:
                     sums[quantile][0] += loss * len(batch.samples)
@@ -384,12 +384,14 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint, and wait for it where it is not written in the background."""
+        self.sinks.doing("writing a checkpoint")
         self._finish_saving(wait=True)
         self.pipeline.memory.settle()
         state = {
             "data": self.feed.state_dict(),
             "total": self.total,
             "cudnn_given_up": self.pipeline.attention.retreated,
+            "skipped": [self.guard.skipped, self.guard.in_a_row],
             "versions": versions(),
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
@@ -397,16 +399,20 @@ class Trainer:
         self._finish_saving(wait=not self.config.checkpoint.background)
 
     def _finish_saving(self, wait: bool) -> None:
-        if saved := self.checkpoints.finish(wait):
-            self.sinks.note(f"checkpoint {saved.path}, for which training stood still {saved.stalled:.3f} s")
+        with self.watch.patient():
+            saved = self.checkpoints.finish(wait)
+        if saved is not None:
+            self.sinks.written("checkpoint", saved.path)
 
     def export(self) -> None:
         """Write the trained weights in every format that is asked for."""
+        self.sinks.doing("exporting")
         self.pipeline.memory.settle()
-        for path in export_weights(
-            self.config, self.model, self.module, self.mesh, self.run.exports / f"step-{self.step:08d}", self.config.export.formats
-        ):
-            self.sinks.note(f"exported {path}")
+        folder = self.run.exports / f"step-{self.step:08d}"
+        with self.watch.patient():
+            paths = export_weights(self.config, self.model, self.module, self.mesh, folder, self.config.export.formats)
+        for path in paths:
+            self.sinks.written("export", path)
 
     def _asked_by_the_clock(self) -> Request:
         """Whether a checkpoint is due by the clock of this rank; the first whose minutes are up asks for all."""

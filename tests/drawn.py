@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig
-from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.flow import Key, mix, noise
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets
 
 
@@ -98,7 +98,7 @@ class Pool(DiffusionModel):
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"]
-        e, t = noise(keys, clean.shape[1:]), timesteps(keys, self.objective, clean[0, 0].numel())
+        e, t = noise(keys, clean.shape[1:]), self.times(clean, keys)
         return {"noisy": mix(clean, e, t), "t": t, "text": batch["text"]}, [(e - clean, None)]
 
     def _note(self, line: str) -> None:

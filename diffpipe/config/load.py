@@ -63,6 +63,15 @@ def validate(raw: dict[str, Any], where: str) -> Config:
         ) from None
 
 
+def differences(one: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Each key under which two configs, as JSON, do not hold the same, with dots; and what each holds there, None for nothing."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for name in [*one, *(n for n in other if n not in one)]:
+            yield from differences(one.get(name), other.get(name), f"{key}.{name}" if key else str(name))
+    elif one != other:
+        yield key, one, other
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)

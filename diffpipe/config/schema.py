@@ -50,6 +50,13 @@ class MeshConfig(Section):
         default=None, description="The unit at which each stage after the first begins, counted from 0; null balances parameter bytes."
     )
 
+    timeout: float = Field(
+        default=600.0,
+        gt=0,
+        description="Seconds in which some rank must get on, and each give a sign of life, once training has begun; otherwise all end and"
+        " name those at fault. Longer than the longest step.",
+    )
+
     @property
     def replicas(self) -> int:
         """Ranks of a stage, which train on different samples."""
@@ -197,6 +204,12 @@ class OptimizerConfig(Section):
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; parameters with one dim never decay.")
     clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm over all stages; null does not clip.")
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What a step does whose loss or gradient is NaN or infinite: `stop` ends the run, `skip` moves no weights and goes on;"
+        " both name the files. Blocks that are stepped in the backward pass cannot be skipped.",
+    )
+    nan_limit: Positive = Field(default=10, description="Steps in a row, the last of them included, at which `skip` ends the run too.")
     release: bool = Field(
         default=False,
         description="Step each block as soon as its last backward pass of a step is over, so that no gradient outlives it; between"
@@ -462,8 +475,19 @@ class MemoryConfig(Section):
         return self
 
 
+class WandbConfig(Section):
+    project: str = Field(default="diffpipe", min_length=1, description="Project that runs are put into.")
+    entity: str | None = Field(default=None, description="User or team that it belongs to; null is your default one.")
+    name: str | None = Field(default=None, description="Name of the run; null is that of its folder.")
+
+
 class MetricsConfig(Section):
     every_steps: Positive = Field(default=1, description="Steps between records on screen and in TensorBoard.")
+    wandb: WandbConfig | None = Field(
+        default=None,
+        description="Record in Weights & Biases too, such as {project: mine}; null does not. It needs the package (pip install"
+        " 'diffpipe[wandb]'), and your key in the environment variable WANDB_API_KEY: it is never written anywhere.",
+    )
 
 
 class Config(Section):
@@ -502,6 +526,15 @@ class Config(Section):
             raise ValueError(
                 f"{why}, so that blocks are stepped in the backward pass: optimizer.clip must be null, found {self.optimizer.clip},"
                 " since the norm is known only behind it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _skipping_fits(self) -> Config:
+        if self.steps_in_backward and self.optimizer.on_nan == "skip":
+            raise ValueError(
+                "optimizer.on_nan is skip, but blocks are stepped in the backward pass (optimizer.release, or memory.swap without"
+                " adapter), before it shows what is not finite; set it to stop"
             )
         return self
 

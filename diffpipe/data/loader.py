@@ -31,6 +31,7 @@ class Batch:
         microbatches: (inputs of the denoiser's forward, targets), all of one bucket.
         epoch: counted from 0.
         samples: indices into the samples, microbatch after microbatch.
+        times: the t in [0, 1] of each of them; 1 is pure noise.
         epoch_ends: whether this is the last step of its epoch.
         quantile: of the timestep distribution, in evaluation.
     """
@@ -39,6 +40,7 @@ class Batch:
     bucket: Bucket
     epoch: int
     samples: list[int]
+    times: list[float]
     epoch_ends: bool
     quantile: float | None = None
 
@@ -55,8 +57,9 @@ class Steps(Dataset[Batch]):
 
     def __getitem__(self, step: Step) -> Batch:
         keys = [Key(self._seed, e.epoch, e.sample, e.repeat) for e in step.examples]
-        microbatches = _prepare(self._samples, self._model, [e.sample for e in step.examples], keys, self._micro, self._normalize)
-        return Batch(microbatches, step.bucket, step.epoch, [e.sample for e in step.examples], step.epoch_ends)
+        chosen = [e.sample for e in step.examples]
+        microbatches, times = _prepare(self._samples, self._model, chosen, keys, self._micro, self._normalize)
+        return Batch(microbatches, step.bucket, step.epoch, chosen, times, step.epoch_ends)
 
 
 class Loader:
@@ -164,16 +167,17 @@ def eval_batches(
     for quantile in quantiles:
         for bucket, members in groups[replica::replicas]:
             keys = [Key(seed, 0, s, 0, quantile) for s in members]
-            microbatches = _prepare(samples, model, members, keys, micro, normalize_masks)
-            yield Batch(microbatches, bucket, 0, members, False, quantile)
+            microbatches, times = _prepare(samples, model, members, keys, micro, normalize_masks)
+            yield Batch(microbatches, bucket, 0, members, times, False, quantile)
 
 
 def _prepare(
     samples: Samples, model: DiffusionModel, chosen: Sequence[int], keys: Sequence[Key], micro: int, normalize: bool
-) -> list[Microbatch]:
-    """A step's microbatches; what the family pads, it pads to the step's longest, since its payloads have one shape."""
+) -> tuple[list[Microbatch], list[float]]:
+    """A step's microbatches and each sample's t; what the family pads, it pads to the step's longest, for its payloads have one shape."""
     rows = model.align([samples.read(i, key) for i, key in zip(chosen, keys, strict=True)])
-    return [_prepare_one(model, stack(rows[i : i + micro]), keys[i : i + micro], normalize) for i in range(0, len(rows), micro)]
+    times = model.times(rows[0]["latents"][None], keys).tolist()
+    return [_prepare_one(model, stack(rows[i : i + micro]), keys[i : i + micro], normalize) for i in range(0, len(rows), micro)], times
 
 
 def _prepare_one(model: DiffusionModel, batch: dict[str, Tensor], keys: Sequence[Key], normalize: bool) -> Microbatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
-from diffpipe.flow import Key
+from diffpipe.flow import Key, timesteps
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
 from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components
@@ -389,6 +390,12 @@ class DiffusionModel(ABC):
         """One microbatch of cached tensors (stacked, first dim B, one key each) to the keyword inputs of the
         denoiser's ``forward`` and, per output, the target and an optional weight of the squared error.
         All on the CPU, all noise and timesteps from ``keys`` alone."""
+
+    def times(self, latents: Tensor, keys: Sequence[Key]) -> Tensor:
+        """The t in [0, 1] that each key draws for latents (B C h w or B C F h w), float32; 1 is pure noise."""
+        *frames, height, width = latents.shape[2:]
+        patch = self.geometry.patch
+        return timesteps(keys, self.objective, math.prod(frames) * (height // patch) * (width // patch))
 
     # -- shapes, known before anything is encoded -------------------------------------------------------------------
 

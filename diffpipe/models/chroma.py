@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.flow import Key, mix, noise
 from diffpipe.models import flux
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
@@ -77,7 +77,7 @@ class Chroma(DiffusionModel):
         clean = batch["latents"].float()
         count, _, height, width = clean.shape
         rows, columns = height // 2, width // 2
-        t = timesteps(keys, self.objective, tokens=rows * columns)
+        t = self.times(clean, keys)
         e = noise(keys, clean.shape[1:])
         inputs = {
             "hidden_states": flux.pack(mix(clean, e, t)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffpipe import edm
 from diffpipe.errors import CheckpointError
-from diffpipe.flow import Key, noise, timesteps
+from diffpipe.flow import Key, noise
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
 from diffpipe.models.names import Originals, Shapes, linear
@@ -154,7 +154,7 @@ class Cosmos(DiffusionModel):
         clean = batch["latents"].float()
         count, _, frames, height, width = clean.shape
         # ln sigma is normal where t is logit-normal, as Cosmos was trained: see edm.sigma_of.
-        sigma = edm.sigma_of(timesteps(keys, self.objective, tokens=frames * (height // 2) * (width // 2)))
+        sigma = edm.sigma_of(self.times(clean, keys))
         e = noise(keys, clean.shape[1:])
         padding = torch.zeros(count, 1, frames, height, width)
         inputs = {

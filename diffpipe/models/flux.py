@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.flow import Key, mix, noise
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
 from diffpipe.models.names import Originals, Shapes, linear
@@ -75,7 +75,7 @@ class Flux(DiffusionModel):
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"].float()
         count, _, height, width = clean.shape
-        t = timesteps(keys, self.objective, tokens=height // 2 * (width // 2))
+        t = self.times(clean, keys)
         e = noise(keys, clean.shape[1:])
         inputs = {
             "hidden_states": pack(mix(clean, e, t)),

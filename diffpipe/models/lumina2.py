@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.flow import Key, mix, noise
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
 from diffpipe.models.flux import latents_of
@@ -81,8 +81,7 @@ class Lumina2(DiffusionModel):
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         """The class counts time from noise to picture, and predicts that way too."""
         clean = batch["latents"].float()
-        _, _, height, width = clean.shape
-        t = timesteps(keys, self.objective, tokens=height // 2 * (width // 2))
+        t = self.times(clean, keys)
         e = noise(keys, clean.shape[1:])
         inputs = {
             "hidden_states": mix(clean, e, t),

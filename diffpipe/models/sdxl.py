@@ -244,10 +244,14 @@ class SDXL(DiffusionModel):
             "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
         }
 
+    def times(self, latents: Tensor, keys: Sequence[Key]) -> Tensor:
+        """As for models of 2 x 2 cells a token: a UNet has none that its resolution shift could count."""
+        height, width = latents.shape[2:]
+        return timesteps(keys, self.objective, height // 2 * (width // 2))
+
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"].float()
-        _, _, height, width = clean.shape
-        step = step_of(timesteps(keys, self.objective, tokens=height // 2 * (width // 2)))
+        step = step_of(self.times(clean, keys))
         e = noise(keys, clean.shape[1:])
         inputs = {"sample": mix(clean, e, step, self.zero_terminal_snr), "timestep": step, "time_ids": batch["framing"].float()}
         if self.config.train_text_encoders:

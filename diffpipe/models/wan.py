@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffpipe.errors import CheckpointError
-from diffpipe.flow import Key, mix, noise, timesteps
+from diffpipe.flow import Key, mix, noise
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
 from diffpipe.models.names import Originals, Shapes, linear
@@ -99,8 +99,7 @@ class Wan(DiffusionModel):
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"].float()
-        _, _, frames, height, width = clean.shape
-        t = timesteps(keys, self.objective, tokens=frames * (height // 2) * (width // 2))
+        t = self.times(clean, keys)
         e = noise(keys, clean.shape[1:])
         inputs = {"hidden_states": mix(clean, e, t), "timestep": 1000 * t, "encoder_hidden_states": batch["text"].float()}
         return inputs, [(e - clean, None)]

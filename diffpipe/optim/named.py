@@ -59,6 +59,16 @@ def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
         raise ConfigError(f"{config.kind} refuses its options: {fault}", where="optimizer.options") from fault
 
 
+def arguments(kind: str) -> dict[str, Any]:
+    """What the optimizer ``kind`` of pytorch-optimizer takes beside parameters, with its defaults.
+
+    Raises:
+        ConfigError: when there is none of that name, or it cannot be used here.
+    """
+    known = inspect.signature(_by_name(kind)).parameters
+    return {name: p.default for name, p in known.items() if name not in ("params", "kwargs", "args")}
+
+
 def _eight_bit(kind: str) -> type[Optimizer]:
     try:
         import bitsandbytes  # noqa: F401

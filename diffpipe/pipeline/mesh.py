@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,10 +13,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from diffpipe.config.load import differences
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.pipeline.shard import local
@@ -24,6 +26,7 @@ T = TypeVar("T")
 
 # A stage may wait while another reads 28 GB of weights from a slow disk.
 PATIENCE = timedelta(minutes=60)
+MEETING = timedelta(minutes=10)  # for all processes to be there
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Mesh:
         device: what this rank computes on.
         stage_group: the ranks that form this rank's pipeline.
         replica_group: the ranks that hold the same stage, or a shard of it.
+        store: what all ranks read and write without waiting for each other.
         axes: those of the replica group, replicate (where that is several) and shard; None where weights are whole.
     """
 
@@ -52,6 +56,7 @@ class Mesh:
     device: torch.device
     stage_group: ProcessGroup
     replica_group: ProcessGroup
+    store: Store
     axes: DeviceMesh | None
 
     @property
@@ -80,6 +85,15 @@ class Mesh:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, op=how)
         return total.tolist()
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's numbers, as many on each, in the order of ranks."""
+        if self.world == 1:
+            return [list(values)]
+        own = torch.tensor(values, dtype=torch.float64, device=self.device)
+        all_ranks = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(all_ranks, own)
+        return torch.stack(all_ranks).tolist()
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
@@ -156,17 +170,25 @@ def _chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def open_mesh(config: MeshConfig) -> Iterator[Mesh]:
+def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> Iterator[Mesh]:
     """Join the run's processes; leaves the group on the way out.
 
     Without torchrun's variables this is a world of one on gloo with an in-process store: no port is opened,
     which is what native Windows needs.
 
+    Args:
+        agreed: what must be the same on every rank, such as the whole config, as JSON.
+
     Raises:
-        ConfigError: when the number of processes is not stages x replicate x shard, or a process has no device.
+        ConfigError: on every rank, when ranks differ in ``agreed``, or the number of processes is not stages x replicate x shard;
+            when a process has no device.
+        DiffpipeError: when the processes do not find each other.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else 1
+    rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    device = _device(int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
+    store = _meet() if launched else dist.HashStore()
+    _compare(store, rank, world, {"mesh": config.model_dump(mode="json"), **(agreed or {})})
     wanted = config.stages * config.replicate * config.shard
     if world != wanted:
         raise ConfigError(
@@ -175,12 +197,9 @@ def open_mesh(config: MeshConfig) -> Iterator[Mesh]:
             expected=f"{wanted} process{'es' if wanted > 1 else ''}",
             fix=f"start with torchrun --nproc_per_node={wanted}, or change mesh.stages, mesh.replicate or mesh.shard",
         )
-    device = _device(int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
-    if launched:
-        nccl = device.type == "cuda" and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=PATIENCE, device_id=device if nccl else None)
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    nccl = launched and device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, device_id=device if nccl else None, store=store, rank=rank, world_size=world)
     try:
         kind = "cuda" if device.type == "cuda" and launched else "cpu"
         axes = init_device_mesh(kind, (config.stages, config.replicas), mesh_dim_names=("stage", "replica"))
@@ -200,10 +219,53 @@ def open_mesh(config: MeshConfig) -> Iterator[Mesh]:
             device=device,
             stage_group=axes.get_group("stage"),
             replica_group=axes.get_group("replica"),
+            store=store,
             axes=finer,
         )
     finally:
         dist.destroy_process_group()
+
+
+def _meet() -> Store:
+    """The store in which the processes find each other. torchrun gives one to all of its starts, so each has its own names there."""
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
+    except (dist.DistError, ValueError, OSError) as fault:
+        raise DiffpipeError(
+            f"rank {os.environ['RANK']} does not reach the others at {address}: {str(fault).splitlines()[0]}",
+            where="MASTER_ADDR, MASTER_PORT",
+            expected="the address of the first machine, and a port that is free there and open to the others",
+            fix="start with torchrun, with another --master_port where one is in use",
+        ) from fault
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def _compare(store: Store, rank: int, world: int, own: Mapping[str, Any]) -> None:
+    """Raise on every rank where ``own`` is not the same on all, before anything waits for what another never does."""
+    if world == 1:
+        return
+    store.set(f"agreed/{rank}", json.dumps(own))
+    told: list[Mapping[str, Any]] = []
+    for each in range(world):
+        try:
+            told.append(json.loads(store.get(f"agreed/{each}")))
+        except dist.DistError as fault:
+            raise DiffpipeError(
+                f"rank {each} of {world} did not come within {MEETING.total_seconds() / 60:g} minutes",
+                where="mesh",
+                expected=f"{world} processes",
+                fix="see what that rank says, and that torchrun was started on every machine",
+            ) from fault
+    lines = [f"rank {each}: {k} is {b!r}, not {a!r}" for each, other in enumerate(told) for k, a, b in differences(told[0], other)]
+    if lines:
+        more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise ConfigError(
+            "ranks do not agree with rank 0\n" + "\n".join(f"  {line}" for line in lines[:8]) + more,
+            where="mesh",
+            expected="the same config and versions on every machine",
+            fix="give every process the same config file and --set, and install the same versions",
+        )
 
 
 def _device(local_rank: int) -> torch.device:

@@ -33,6 +33,7 @@ class Pipeline:
     receive buffers between steps. Their metadata is given, so no extra pass is ever run to find it.
 
     Attributes:
+        shares: on the last stage, what each microbatch of the last step added to its loss.
         trained: by the name of each parameter that trains, what an optimizer steps for it.
     """
 
@@ -40,6 +41,7 @@ class Pipeline:
         self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer, attention: Attention, shards: Shards | None = None
     ) -> None:
         self.stage, self.mesh, self.probe, self.memory, self.attention, self.shards = stage, mesh, probe, memory, attention, shards
+        self.shares: list[Tensor] = []
         self.trained = {name: stand_in(p) for name, p in stage.part.model.named_parameters() if p.requires_grad}
         if shards is not None:
             stage.on_last_backward = shards.last
@@ -66,6 +68,11 @@ class Pipeline:
         """
         self._set_mode(training=True)
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
+
+    def losses(self) -> Tensor:
+        """Of each sample of the step that ``train`` ran, in order, on the last stage; of none on the others."""
+        parts = [self.stage.losses[number] for number in sorted(self.stage.losses)]
+        return torch.cat(parts) if parts else torch.empty(0, device=self.mesh.device)
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """All gradients of this rank, summed over the stages where several hold a parameter; and those that no earlier stage holds.
@@ -105,6 +112,7 @@ class Pipeline:
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
         self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
+        self.stage.losses = {}
         self.memory.begin(len(microbatches))
         with self.shards.step() if self.shards is not None else nullcontext():
             if self.lockstep is not None and len(microbatches) > 1:
@@ -113,9 +121,8 @@ class Pipeline:
                 losses = self._by_schedule(len(microbatches), before, after, run)
         self.memory.end()
         self.stage.inputs = StepInputs()
-        if not last:
-            return torch.zeros((), device=mesh.device)
-        return torch.stack([loss.detach() for loss in losses]).sum()
+        self.shares = [loss.detach() for loss in losses] if last else []
+        return torch.stack(self.shares).sum() if last else torch.zeros((), device=mesh.device)
 
     def _by_schedule(self, count: int, before: Border, after: Border, run: Callable[..., Any]) -> list[Tensor]:
         """Each microbatch through all units; the losses on the last stage."""

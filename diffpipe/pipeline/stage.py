@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import ObjectiveConfig
 from diffpipe.models.base import Targets
+from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.cut import Layout, Part
 
 
@@ -33,37 +33,6 @@ class StepInputs:
     arriving: tuple[int | None, ...] = ()
     leaving: tuple[int | None, ...] = ()
     unused: list[int] = field(default_factory=list)
-
-
-class Clock:
-    """Adds up the time this rank spends computing; on CUDA with events, so that it never waits for the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.spans: list[tuple[Any, Any]] = []
-        self.begun: Any = None
-
-    def _now(self) -> Any:
-        if not self.cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def start(self) -> None:
-        if self.begun is None:
-            self.begun = self._now()
-
-    def stop(self) -> None:
-        if self.begun is not None:
-            self.spans.append((self.begun, self._now()))
-            self.begun = None
-
-    def take(self) -> float:
-        """Seconds since the last call; the device must have finished what was timed."""
-        self.stop()
-        spans, self.spans = self.spans, []
-        return sum(a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in spans)
 
 
 class _Wire(torch.autograd.Function):
@@ -87,6 +56,7 @@ class Stage(nn.Module):
         inputs: what the current step is about; set before the schedule runs.
         clock: time spent in this stage's forward and backward passes.
         on_last_backward: called as the backward pass of the step's last microbatch begins; they come in the order of microbatches.
+        losses: of each sample, by microbatch of the step; on the last stage.
     """
 
     def __init__(
@@ -97,6 +67,7 @@ class Stage(nn.Module):
         self.inputs = StepInputs()
         self.clock = Clock(device)
         self.on_last_backward: Callable[[], None] = lambda: None
+        self.losses: dict[int, Tensor] = {}
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What crosses to the next stage; on the last the microbatch's share of the step's loss, whose shape is always known."""
@@ -110,14 +81,16 @@ class Stage(nn.Module):
         with self.precision():
             sent, _ = self.part(arrived, self.inputs.layout, inputs)
         if self.part.last:
-            return self._share(sent, targets, backward_begins)
+            return self._share(sent, targets, int(microbatch), backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
         out = tuple(_Wire.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
         self.clock.stop()
         return out
 
-    def _share(self, outputs: tuple[Tensor, ...], targets: Targets, backward_begins: Callable[[], None]) -> Tensor:
-        total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta) / len(self.inputs.microbatches)
+    def _share(self, outputs: tuple[Tensor, ...], targets: Targets, microbatch: int, backward_begins: Callable[[], None]) -> Tensor:
+        by_sample = outputs[0].new_zeros(len(outputs[0]), dtype=torch.float32)
+        total = sum_errors(outputs, targets, self.objective.loss, self.objective.delta, by_sample) / len(self.inputs.microbatches)
+        self.losses[microbatch] = by_sample
         if total.requires_grad:
             total.register_hook(lambda gradient: backward_begins())
         self.clock.stop()
@@ -140,12 +113,15 @@ def _lengthened(tensor: Tensor, dim: int | None, unused: int) -> Tensor:
     return nn.functional.pad(tensor, [0, 0] * (tensor.ndim - 1 - dim) + [0, unused])
 
 
-def sum_errors(outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse", delta: float = 1.0) -> Tensor:
+def sum_errors(
+    outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse", delta: float = 1.0, by_sample: Tensor | None = None
+) -> Tensor:
     """Sum over outputs of the mean of ``weight * error``, in float32.
 
     Args:
         loss: "mse", "huber" or "smooth_l1", as torch.nn.functional defines them.
         delta: where the latter two turn from square to linear.
+        by_sample: B numbers; the same sum of each sample alone is added to them.
     """
     total = outputs[0].new_zeros((), dtype=torch.float32)
     for output, (target, weight) in zip(outputs, targets, strict=True):
@@ -155,5 +131,8 @@ def sum_errors(outputs: tuple[Tensor, ...], targets: Targets, loss: str = "mse",
             error = nn.functional.huber_loss(output.float(), target.float(), reduction="none", delta=delta)
         else:
             error = nn.functional.smooth_l1_loss(output.float(), target.float(), reduction="none", beta=delta)
-        total = total + (error if weight is None else error * weight).mean()
+        error = error if weight is None else error * weight
+        total = total + error.mean()
+        if by_sample is not None:
+            by_sample += error.detach().flatten(1).mean(1)
     return total

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
+from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.compiling import compiled
 
 TOKENS, WIDTH, WIDER = 1088, 32, 96
@@ -48,6 +49,18 @@ def test_a_compiled_block_keeps_what_its_policy_says(block: WanTransformerBlock,
     assert any(WIDER in shape for shape in everything) and not any(WIDER in shape for shape in kept)
     # What goes in; the result of attention among all tokens (not of that to the text); what passes on to the feed-forward part.
     assert len(kept) == activations, kept
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+    for gradient, expected in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiled_block_whose_feed_forward_part_takes_the_tokens_in_parts_keeps_no_more() -> None:
+    torch.manual_seed(0)
+    block = WanTransformerBlock(WIDTH, WIDER, 2, cross_attn_norm=True)
+    want, wanted, _ = passes(block.forward, block)
+    chunk(block, 2, compiles=True)
+    out, gradients, kept = passes(compiled(block.forward, "parts"), block)
+    assert len(kept) == 3 and not any(WIDER in shape for shape in kept), kept
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
     for gradient, expected in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)

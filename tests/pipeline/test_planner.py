@@ -15,7 +15,7 @@ from diffpipe.forecast import Comparison, Forecast
 from diffpipe.models import make_model
 from diffpipe.pipeline.memory.cards import CARDS, find_card
 from diffpipe.pipeline.memory.estimate import Estimate
-from diffpipe.pipeline.memory.planner import Choice, choose, least
+from diffpipe.pipeline.memory.planner import Choice, choose, least, lower
 from diffpipe.pipeline.rehearsal import Rehearsal
 from diffpipe.train import train
 from tests.families import CPU, frames_of
@@ -61,6 +61,18 @@ def test_a_tighter_budget_is_never_faster_and_never_holds_more(planning: Plannin
         kinds.add((choice.memory.recompute, choice.memory.swap, choice.memory.offload))
     assert len(kinds) > 3
     assert planning.choose(floor - 1) is None
+
+
+def test_a_step_that_does_not_fit_comes_down_to_the_least_there_is(planning: Planning) -> None:
+    memory, peaks = MemoryConfig(offload_threshold=0.001), []
+    while True:
+        peaks.append(planning.judge(memory).peak)
+        lowered = lower(memory, UNITS, planning.judge)
+        if lowered is None:
+            break
+        memory = lowered
+    assert peaks == sorted(set(peaks), reverse=True)
+    assert peaks[-1] == least(planning.config.memory, UNITS, planning.judge).peak
 
 
 def test_what_is_set_stays(planning: Planning) -> None:

@@ -112,6 +112,10 @@ class MemoryLayer:
         if self.turns.release is not None:
             self.turns.release.settle()
 
+    def stalled(self) -> float:
+        """Seconds in which the computation waited for copies since the last call; the device must have finished."""
+        return sum(mover.clock.take() for mover in (self.stream, self.offload) if mover is not None)
+
     def begin(self, microbatches: int) -> None:
         """A step of training begins, or of evaluation where no gradients are asked for."""
         self.turns.begin(microbatches)

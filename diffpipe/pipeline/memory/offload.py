@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.memory.ferry import end_of
 from diffpipe.pipeline.memory.saved import Packer
 
@@ -49,6 +50,9 @@ class Offload:
         device: CUDA, or the CPU, where the same is done without streams.
         threshold: bytes of memory from which what holds it is moved.
         streams: torch's module of the device's streams and events.
+
+    Attributes:
+        clock: time in which the computation waited for copies.
     """
 
     def __init__(self, device: torch.device, threshold: int, streams: Any = None) -> None:
@@ -59,6 +63,7 @@ class Offload:
         self.units: list[list[weakref.ref[Kept]]] = []  # what each unit's forward pass saved, in the order of the passes
         self.held = 0  # bytes of host memory
         self.moved = 0  # bytes copied to the host
+        self.clock = Clock(device)
 
     def begin(self) -> None:
         """A step begins; nothing that was saved before is needed any more."""
@@ -98,16 +103,20 @@ class Offload:
     def _let_go(self, kept: Kept) -> None:
         """Free an activation's memory on the device for what is computed once its copy is done."""
         if kept.leaving is not None:
+            self.clock.start()
             self.streams.current_stream(self.device).wait_event(kept.written)
+            self.clock.stop()
         kept.leaving = None
 
     def restore(self, kept: Kept) -> Tensor:
         """An activation on the device; what the unit before its own saved is fetched from now on."""
+        self.clock.start()
         self._fetch(kept)
         assert kept.back is not None
         tensor, event = kept.back
         kept.back = None  # the caller's now; it must not stay longer than it is used
         self.streams.current_stream(self.device).wait_event(event)
+        self.clock.stop()
         if 0 < kept.unit <= len(self.units):
             for other in _alive(self.units[kept.unit - 1]):
                 self._fetch(other)

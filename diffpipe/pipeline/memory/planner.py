@@ -55,10 +55,11 @@ def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choic
 
 
 def lower(memory: MemoryConfig, units: int, judge: Judge) -> MemoryConfig | None:
-    """The fastest settings that hold clearly less than these, whatever of them was set; None where there are none."""
+    """The fastest settings that hold clearly less than these, whatever of them was set, or less at all; None where there are none."""
     free = {"recompute", "recompute_every", "swap", "offload"}
     asked = MemoryConfig.model_validate({k: getattr(memory, k) for k in memory.model_fields_set - free})
-    choice = choose(asked, units, int(judge(memory).peak * LOWER), judge)
+    held = judge(memory).peak
+    choice = choose(asked, units, int(held * LOWER), judge) or choose(asked, units, held - 1, judge)
     return None if choice is None else choice.memory
 
 

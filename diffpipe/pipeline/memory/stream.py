@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffpipe.models.adapters import is_adapter
+from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
 from diffpipe.pipeline.memory.ferry import end_of
 from diffpipe.pipeline.memory.saved import Packer
@@ -115,6 +116,9 @@ class Stream:
         room: bytes of the arena; None takes what holds a unit and the one after it.
         staging: copies from host memory that is not page-locked; None where it is.
         streams: torch's module of the device's streams and events.
+
+    Attributes:
+        clock: time in which the computation waited for weights.
     """
 
     def __init__(
@@ -146,6 +150,7 @@ class Stream:
         self.inside: int | None = None
         self.written: dict[int, Any] = {}  # by unit, the event of its stepped weights' copy to their home
         self.moved = 0
+        self.clock = Clock(device)
 
     def begin(self, key: Any) -> None:
         """A step begins.
@@ -178,12 +183,14 @@ class Stream:
             self._forget()
         self.trace.append(unit)
         self.inside = unit
+        self.clock.start()
         if self.plan is None:
             self._bring(unit)
         else:
             for load in self.plan.before[visit]:
                 self._copy(load)
             self._use(unit, self.plan.places[visit])
+        self.clock.stop()
 
     def leave(self, changed: bool = False) -> None:
         """The work of the unit that was entered last is queued.

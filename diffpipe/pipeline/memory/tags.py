@@ -204,7 +204,8 @@ def _widest(order: list[fx.Node]) -> int:
     """The place of the widest layer: products with one weight, of parts of the tokens each, are one layer."""
     layers: dict[Buffer, tuple[int, int]] = {}  # by what tells layers apart: where it begins, and its width
     for i, node in enumerate(order):
-        weight = node.args[1] if _is_heavy(node) and len(node.args) > 1 else None
+        place = 2 if node.target is torch.ops.aten.addmm.default else 1  # of the weight, where it is a product
+        weight = node.args[place] if _is_heavy(node) and len(node.args) > place else None
         key = root(weight) if isinstance(weight, fx.Node) else (node, 0)
         begins, width = layers.get(key, (i, 0))
         layers[key] = begins, width + _width(node)

@@ -1,0 +1,149 @@
+"""Measures each step on all ranks and makes the record of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from typing import NamedTuple
+
+import psutil
+import torch
+from torch import Tensor
+
+from diffpipe.data.loader import Batch
+from diffpipe.metrics import RankRecord, Smoothed, Split, StepRecord
+from diffpipe.pipeline.memory.compiling import graphs
+from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.schedule import Pipeline
+
+
+class Measured(NamedTuple):
+    """What one rank measured of a step; times in seconds, memory in bytes.
+
+    Attributes:
+        data: waiting for the batch.
+        passes: what came then, until the last of this rank's passes was done.
+        busy: computing in these passes, stalls included.
+        stall: waiting in these passes for copies from host memory.
+        optimizer: moving the weights.
+        share: of the sum of all replicas' losses.
+    """
+
+    stage: float
+    replica: float
+    data: float
+    passes: float
+    busy: float
+    stall: float
+    optimizer: float
+    share: float
+    device_peak: float
+    host: float
+    graphs: float
+
+
+class Meter:
+    """Times the laps of a step on this rank; at its end all ranks tell each other.
+
+    Attributes:
+        held: the most that this rank held on its device in the last step, in bytes; 0 on the CPU.
+    """
+
+    def __init__(self, mesh: Mesh, pipeline: Pipeline, steps_total: int) -> None:
+        self.mesh, self.pipeline, self.steps_total = mesh, pipeline, steps_total
+        self.laps: defaultdict[str, float] = defaultdict(float)
+        self.smoothed = Smoothed()
+        self.held = self.peak = self.steps = 0
+        self.first = self.began = self.lapped = 0.0
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.pipeline.stage.clock.take()  # an evaluation may have run since the last step
+        self.pipeline.memory.stalled()
+        self.laps.clear()
+        if self.mesh.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.mesh.device)
+        self.began = self.lapped = time.perf_counter()
+        self.first = self.first or self.began
+
+    def lap(self, name: str) -> None:
+        """All since the last lap, on the device too, was of this kind."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.synchronize(self.mesh.device)
+        now = time.perf_counter()
+        self.laps[name] += now - self.lapped
+        self.lapped = now
+
+    def record(self, step: int, batch: Batch, share: Tensor, norm: Tensor, lr: float, skipped: int) -> StepRecord:
+        """The step that is over now, the same on every rank; called by all.
+
+        Args:
+            share: of the loss, on this rank; a scalar.
+            norm: of the gradients; a scalar.
+            skipped: steps of the run so far that moved no weights.
+        """
+        loss, grad_norm, *losses = torch.cat([share.reshape(1), norm.reshape(1), self.pipeline.losses()]).tolist()
+        pairs = zip(batch.times, losses or [math.nan] * len(batch.times), strict=True)
+        rows = self.mesh.gather([*self._measured(loss), *(x for pair in pairs for x in pair)])
+        ranks, known = [Measured(*row[: len(Measured._fields)]) for row in rows], [row[len(Measured._fields) :] for row in rows]
+        now = time.perf_counter()
+        self.steps += 1
+        mean = sum(rank.share for rank in ranks) / self.mesh.replicas
+        return StepRecord(
+            step=step,
+            steps_total=self.steps_total,
+            epoch=batch.epoch,
+            epoch_ends=batch.epoch_ends,
+            loss=mean,
+            smoothed=self.smoothed.of(mean),
+            bucket=str(batch.bucket),
+            lr=lr,
+            grad_norm=grad_norm,
+            samples=len(batch.samples) * self.mesh.replicas,
+            step_time=now - self.began,
+            left=(self.steps_total - step) * (now - self.first) / self.steps,
+            by_time=tuple(pair for row in known for pair in zip(row[::2], row[1::2], strict=True) if not math.isnan(pair[1])),
+            ranks=split(ranks, now - self.began),
+            graphs=int(max(rank.graphs for rank in ranks)),
+            skipped=skipped,
+        )
+
+    def _measured(self, share: float) -> Measured:
+        if self.mesh.device.type == "cuda":
+            self.held = torch.cuda.max_memory_allocated(self.mesh.device)
+            self.peak = max(self.peak, self.held)
+        passes, computing = self.laps["passes"], self.pipeline.stage.clock.take()
+        return Measured(
+            stage=self.mesh.stage,
+            replica=self.mesh.replica,
+            data=self.laps["data"],
+            passes=passes,
+            busy=computing if self.mesh.stages > 1 else passes,
+            stall=self.pipeline.memory.stalled(),
+            optimizer=self.laps["optimizer"],
+            share=share,
+            device_peak=self.peak,
+            host=psutil.Process().memory_info().rss,
+            graphs=graphs(),
+        )
+
+
+def split(ranks: list[Measured], took: float) -> tuple[RankRecord, ...]:
+    """Where each rank's time of a step went.
+
+    A stage is idle from when it began to wait for its batch until the slowest stage of its replica is through its passes, except while
+    it computes: in its own passes it waits for others, and behind them too.
+
+    Args:
+        took: the whole step, in seconds.
+    """
+    records = []
+    for rank in ranks:
+        through = max(other.data + other.passes for other in ranks if other.replica == rank.replica)
+        bubble = max(0.0, through - rank.data - rank.busy)
+        compute = max(0.0, rank.busy - rank.stall) + rank.optimizer
+        rest = max(0.0, took - rank.data - compute - rank.stall - bubble)
+        parts = Split(data=rank.data, compute=compute, stall=rank.stall, bubble=bubble, communication=rest)
+        records.append(RankRecord(int(rank.stage), int(rank.replica), parts, int(rank.device_peak), int(rank.host)))
+    return tuple(records)
