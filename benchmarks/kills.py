@@ -105,20 +105,27 @@ def runs(output: Path) -> list[Path]:
 
 
 def due(moment: str, output: Path, chance: random.Random) -> Callable[[], bool]:
-    """Tells when to kill: at a drawn time behind the first sight of what belongs to the moment."""
-    patterns = {"training": "*/log.txt", "checkpointing": "*/checkpoints/.unfinished-*", "exporting": "*/exports/*"}
+    """Tells when to kill: at a drawn time behind the first sight of what belongs to the moment, once the ranks have met."""
+    pattern = {"training": "*/log.txt", "checkpointing": "*/checkpoints/.unfinished-*", "exporting": "*/exports/*"}[moment]
     delay = chance.uniform(0, 2.0) if moment == "training" else chance.uniform(0, 0.03)
-    began, seen = time.monotonic(), set(output.glob(patterns[moment])) if moment != "training" else set()
-    patience = chance.uniform(0, 1.5)  # so that it is not always the first checkpoint or export of a start
-    since: list[float] = []
+    patience = 0.0 if moment == "training" else chance.uniform(0, 1.5)  # so that it is not always the first of a start
+    began, since = time.time(), 0.0
 
     def tell() -> bool:
-        fresh = set(output.glob(patterns[moment])) - seen
-        if fresh and not since and (moment == "training" or time.monotonic() - began > patience):
-            since.append(time.monotonic())
-        return bool(since) and time.monotonic() - since[0] >= delay
+        nonlocal since
+        now = time.time()
+        if not since and now - began > patience and any(_changed(path) > began for path in output.glob(pattern)):
+            since = now
+        return bool(since) and now - since >= delay
 
     return tell
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # renamed since it was listed
+        return 0.0
 
 
 def digest(run: Path) -> dict[str, str]:

@@ -253,10 +253,11 @@ class Trainer:
                 self.evaluate()
             asked = requests.agreed()
             self._finish_saving(wait=False)
-            if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
-                self.save()
             if last or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
+            # Behind the export: a run that is killed in between makes it again.
+            if last or asked or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
+                self.save()
             if last or Request.STOP in asked:
                 self._finish_saving(wait=True)
             if Request.STOP in asked and not last:
