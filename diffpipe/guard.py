@@ -49,7 +49,7 @@ class Guard:
         if self.config.on_nan == "skip" and self.in_a_row < self.config.nan_limit:
             return f"{found}: skipped, {self.in_a_row} in a row, {self.skipped} in all"
         raise DiffpipeError(
-            found + (f", the {self.in_a_row}th in a row" if self.config.on_nan == "skip" else ""),
+            found + (f", {self.in_a_row} in a row" if self.config.on_nan == "skip" else ""),
             where="optimizer.nan_limit" if self.config.on_nan == "skip" else "optimizer.on_nan",
             fix="look at these files; or train with --resume from the last checkpoint and a lower optimizer.lr, or model.dtype bfloat16"
             " instead of float16, or model.attention sdpa instead of cudnn"

@@ -258,12 +258,13 @@ class Trainer:
                 self.evaluate()
             asked = requests.agreed()
             self._finish_saving(wait=False)
-            saves = last or bool(asked & (Request.CHECKPOINT | Request.STOP))
-            if saves or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
-                self.save()
             exports = last or Request.EXPORT in asked
             if exports or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
+            # Behind the export: a run that is killed in between makes it again.
+            saves = last or bool(asked & (Request.CHECKPOINT | Request.STOP))
+            if saves or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
+                self.save()
             ends = bool(asked & (Request.STOP | Request.QUIT))
             if last or ends:
                 self._finish_saving(wait=True)

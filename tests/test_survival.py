@@ -1,0 +1,194 @@
+"""Runs survive: signals, kills, damaged checkpoints, other meshes and samples that give no finite loss."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpipe.checkpoint import list_checkpoints
+from tests.conftest import ROOT, Command, World
+from tests.survival import Running, arguments, run_in, same_weights, started_alone
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def unbroken(command: Command, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of 6 steps with checkpoints at 2, 4 and 6."""
+    output = tmp_path_factory.mktemp("unbroken")
+    command(*arguments(output, cache))
+    return run_in(output)
+
+
+@pytest.fixture
+def broken(unbroken: Path, tmp_path: Path) -> Path:
+    """The same run, had it ended at step 4."""
+    copied = tmp_path / "runs" / unbroken.name
+    shutil.copytree(unbroken, copied)
+    shutil.rmtree(list_checkpoints(copied / "checkpoints")[-1])
+    return copied
+
+
+def losses(text: str) -> list[float]:
+    return [float(x) for x in re.findall(r"^step \d+/\d+ .*?loss (\S+)", text, re.M)]
+
+
+@posix
+def test_a_signal_ends_the_run_behind_its_step_with_a_checkpoint_and_code_75(cache: Path, tmp_path: Path) -> None:
+    running = Running(arguments(tmp_path, cache, **{"run.steps": 2000, "checkpoint.every_steps": "null"}))
+    running.until("^step 3/")
+    running.process.send_signal(signal.SIGUSR1)
+    running.process.send_signal(signal.SIGTERM)  # as schedulers do when time runs out: it ends no sooner
+    assert running.end() == 75
+    run = run_in(tmp_path)
+    (checkpoint,) = list_checkpoints(run / "checkpoints")
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert 3 <= step < 2000
+    assert "stops behind this step, with a checkpoint" in running.output
+    assert f"stopped behind step {step}; --resume {run} goes on" in running.output
+
+
+@posix
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_another_at_once(cache: Path, tmp_path: Path) -> None:
+    first, last = started_alone(lambda rank: arguments(tmp_path, cache, **{"mesh.stages": 2, "run.steps": 2000}))
+    try:
+        last.until("^step 3/")
+        first.process.send_signal(signal.SIGSTOP)
+        last.process.send_signal(signal.SIGINT)
+        last.until("SIGINT: stops behind this step")
+        time.sleep(1.2)
+        last.process.send_signal(signal.SIGINT)
+        assert last.end() == 130
+    finally:
+        first.process.kill()
+
+
+@posix
+def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(cache: Path, tmp_path: Path) -> None:
+    more = {"mesh.stages": 2, "run.steps": 40}
+    running = Running(arguments(tmp_path, cache, **more), ["--standalone", "--nproc_per_node=2", "--max-restarts=1"])
+    running.until("^checkpoint .*step-00000002")
+    running.workers()[0].kill()
+    assert running.end() == 0, running.output[-3000:]
+    assert re.search(r"^resumed from step-000000\d+", running.output, re.M)
+    assert "step 40/40" in running.output
+    assert run_in(tmp_path)  # one folder, of one run
+
+
+@posix
+def test_runs_killed_at_random_end_with_the_bits_of_the_unbroken_run() -> None:
+    done = subprocess.run(
+        [sys.executable, "benchmarks/kills.py", "--kills", "4", "--seed", "1", "--ranks", "2"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 kills over" in done.stdout and "every resume succeeded, every end was bit-equal" in done.stdout
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(command: Command, unbroken: Path, cache: Path, broken: Path) -> None:
+    newest = list_checkpoints(broken / "checkpoints")[-1]
+    (file,) = newest.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+    done = command(*arguments(broken.parent, cache), "--resume", broken)
+    assert "step-00000004 is damaged (rank-00000.safetensors has other bytes than were written)" in done.stdout
+    assert "kept as damaged-step-00000004" in done.stdout and "resumed from step-00000002" in done.stdout
+    assert same_weights(unbroken, broken)
+
+
+def test_a_run_goes_on_over_replicas_with_the_same_samples_and_losses(
+    command: Command, world: World, unbroken: Path, cache: Path, broken: Path
+) -> None:
+    shutil.rmtree(list_checkpoints(broken / "checkpoints")[-1])
+    settings = {"mesh.replicate": 2, "batch.accumulate": 1, "run.steps": 4, "adapter.dropout": 0.0}
+    done = world(2, "-m", "diffpipe", *arguments(broken.parent, cache, **settings), "--resume", broken)
+    assert "changed since the run began: mesh.replicate was 1, now 2" in done.stdout
+    alone = command(*arguments(broken.parent / "alone", cache, **{"run.steps": 4, "adapter.dropout": 0.0}))
+    shared, whole = losses(done.stdout), losses(alone.stdout)
+    assert len(shared) == 2
+    # The first two steps had dropout, which moves no sample.
+    assert shared == pytest.approx(whole[2:], rel=2e-2)
+    back = command(*arguments(broken.parent, cache), "--resume", broken)
+    assert "mesh.replicate was 2, now 1" in back.stdout and "step 6/6" in back.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"batch.accumulate": 3}, "fix: set batch.accumulate to 2; or set batch.may_change to true"),
+        ({"batch.micro": 4}, "fix: take a batch.micro and mesh.replicate whose product divides 2"),
+    ],
+)
+def test_other_samples_per_step_are_refused_unless_they_may_change(
+    command: Command, cache: Path, broken: Path, settings: dict[str, int], told: str
+) -> None:
+    done = command(*arguments(broken.parent, cache, **settings), "--resume", broken, check=False)
+    assert done.exit_code == 1
+    assert "step-00000004 was saved with 2" in done.stderr and told in done.stderr
+    on = command(*arguments(broken.parent, cache, **settings, **{"batch.may_change": "true"}), "--resume", broken)
+    assert "step 6/6" in on.stdout
+
+
+def test_no_kill_in_the_middle_of_removing_old_checkpoints_leaves_one_that_looks_whole(command: Command, cache: Path, broken: Path) -> None:
+    one, two = list_checkpoints(broken / "checkpoints")
+    (one / "state.json").unlink()  # as a removal begins
+    (broken / "checkpoints" / ".unfinished-step-00000006").mkdir()  # as a writing begins
+    command(*arguments(broken.parent, cache, **{"checkpoint.keep": 1}), "--resume", broken)
+    assert [p.name for p in (broken / "checkpoints").iterdir()] == ["step-00000006"]
+    assert not two.exists()
+
+
+def blank(folder: Path, number: int) -> None:
+    """Overwrite a cached latent with NaN, as a failing disk or encoder may."""
+    shard = max(folder.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    names = sorted(n for n, about in header.items() if n.endswith("latents") and about["dtype"] == "F32")
+    begin, end = header[names[number]]["data_offsets"]
+    content[8 + size + begin : 8 + size + end] = np.full((end - begin) // 4, np.nan, np.float32).tobytes()
+    shard.write_bytes(content)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_their_files_named_or_end_the_run(
+    command: Command, unbroken: Path, cache: Path, tmp_path: Path
+) -> None:
+    broken_cache = tmp_path / "cache"
+    shutil.copytree(cache, broken_cache)
+    for number in range(3):
+        blank(broken_cache, number)
+    more = {"run.steps": "null", "run.epochs": 1, "optimizer.nan_limit": 20}
+    done = command(*arguments(tmp_path / "skips", broken_cache, **more, **{"optimizer.on_nan": "skip"}))
+    skipped = re.findall(r"the loss and with it the gradient of step \d+ is not finite \(bucket \S+; ([^)]+)\): skipped", done.stdout)
+    files = [Path(file) for step in skipped for file in step.split(", ")]
+    assert len(files) == 3 and all(file.is_file() for file in files)
+    assert np.isnan(losses(done.stdout)).sum() == len(skipped)
+    ended = command(*arguments(tmp_path / "stops", broken_cache, **more), check=False)
+    assert ended.exit_code == 1
+    assert "optimizer.on_nan: the loss and with it the gradient" in ended.stderr and files[0].name in ended.stderr
+    row = command(
+        *arguments(tmp_path / "row", broken_cache, **{"optimizer.on_nan": "skip", "optimizer.nan_limit": 3, "optimizer.lr": 1e30}),
+        check=False,
+    )
+    assert row.exit_code == 1 and "3 in a row" in row.stderr and ".mp4" in row.stderr
+
+
+@posix
+def test_ranks_with_different_configs_all_end_with_what_differs(cache: Path, tmp_path: Path) -> None:
+    for rank in started_alone(lambda rank: arguments(tmp_path, cache, **{"mesh.stages": 2, "optimizer.lr": 1e-3 + rank})):
+        assert rank.end() == 1
+        assert "rank 1: optimizer.lr is 1.001, not 0.001" in rank.output and "Traceback" not in rank.output
