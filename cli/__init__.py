@@ -22,6 +22,26 @@ Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help
 
 
 @app.command()
+def init(
+    output: Annotated[Path, typer.Argument(metavar="[CFG]", help="File to write.")] = Path("config.yaml"),
+    family: Annotated[str | None, typer.Option(metavar="NAME", help="Model family.", show_default="asked for")] = None,
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="Its folder, file or hf: name.", show_default="asked for")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of media.", show_default="asked for")] = None,
+    controls: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of control pictures.", show_default="asked for")] = None,
+    card: Annotated[float | None, typer.Option(metavar="GB", help="Memory of the card.", show_default="asked for")] = None,
+    what: Annotated[str | None, typer.Option("--train", metavar="WHAT", help="lora or full.", show_default="asked for")] = None,
+    resolution: Annotated[int | None, typer.Option(metavar="N", min=1, help="Side in pixels.", show_default="asked for")] = None,
+    frames: Annotated[str | None, typer.Option(metavar="N,N", help="Frame counts of clips.", show_default="asked for")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take what is usual where no option says.")] = False,
+) -> None:
+    """Ask a few questions and write a config that fits the card; every question may be answered by an option."""
+    from diffpipe.cli.init import init_command
+
+    given = {"family": family, "model": model, "data": data, "controls": controls, "card": card, "train": what}
+    run_command(lambda: init_command(output, {**given, "resolution": resolution, "frames": frames}, yes))
+
+
+@app.command()
 def train(
     config: ConfigFile,
     resume: Annotated[

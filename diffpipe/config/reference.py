@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import yaml
@@ -44,6 +44,43 @@ def reference_yaml() -> str:
     return "\n".join([*head, *_section(Config, "", 0)]) + "\n"
 
 
+def commented_yaml(raw: Mapping[str, Any], head: Sequence[str]) -> str:
+    """A config with what each of its keys means above it.
+
+    Args:
+        raw: its keys, which the schema must have.
+        head: lines to begin with.
+    """
+    lines = [f"# {line}" for text in head for line in textwrap.wrap(text, WIDTH)]
+    for name, value in raw.items():
+        lines += ["", *_commented(Config, {name: value}, "")]
+    return "\n".join(lines) + "\n"
+
+
+def _commented(section: type[BaseModel], raw: Mapping[str, Any], pad: str) -> Iterator[str]:
+    for name, value in raw.items():
+        field = section.model_fields[name]
+        yield from _comment(field, pad)
+        inner, listed = _inner(field.annotation)
+        if inner is None or not value or isinstance(value, list) != listed:
+            yield f"{pad}{name}: {_flow(value)}"
+            continue
+        yield f"{pad}{name}:"
+        if not listed:
+            yield from _commented(inner, value, f"{pad}  ")
+        for entry in value if listed else ():
+            yield from _entry(list(_commented(inner, entry, f"{pad}    ")))
+
+
+def _entry(lines: list[str]) -> Iterator[str]:
+    """Lines of an entry of a list, with its dash before the first key."""
+    first = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
+    yield from (line[2:] for line in lines[:first])
+    pad = len(lines[first]) - len(lines[first].lstrip())
+    yield f"{lines[first][: pad - 2]}- {lines[first].lstrip()}"
+    yield from lines[first + 1 :]
+
+
 def _section(section: type[BaseModel], prefix: str, depth: int) -> Iterator[str]:
     pad = "  " * depth
     for name, field in section.model_fields.items():
@@ -54,11 +91,7 @@ def _section(section: type[BaseModel], prefix: str, depth: int) -> Iterator[str]
             yield f"{pad}{name}: {_flow(EXAMPLES.get(key, _default(field)))}"
         elif listed:
             yield f"{pad}{name}:"
-            lines = list(_section(inner, f"{key}.", depth + 2))
-            first = next(i for i, line in enumerate(lines) if not line.lstrip().startswith("#"))
-            yield from (line[2:] for line in lines[:first])
-            yield f"{pad}  - {lines[first].lstrip()}"
-            yield from lines[first + 1 :]
+            yield from _entry(list(_section(inner, f"{key}.", depth + 2)))
         else:
             yield f"{pad}{name}:"
             yield from _section(inner, f"{key}.", depth + 1)

@@ -67,9 +67,9 @@ def imports() -> Iterator[Finding]:
 
 def video() -> Iterator[Finding]:
     """Whether PyAV decodes what most clips are in."""
-    import av
+    from av.codec import codecs_available
 
-    missing = sorted({"h264", "hevc", "vp9", "av1"} - av.codec.codecs_available)
+    missing = sorted({"h264", "hevc", "vp9", "av1"} - codecs_available)
     if missing:
         yield Finding("video decoders", "warning", f"PyAV has none for {', '.join(missing)}", "pip install --force-reinstall av, its wheel")
 
