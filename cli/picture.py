@@ -219,6 +219,8 @@ class Painter:
 
     def _fitted(self, line: Text) -> Text:
         line.no_wrap = True
+        if self.plain:
+            line.plain = line.plain.encode("ascii", "replace").decode()
         line.truncate(self.width, overflow="crop")
         return line
 
