@@ -38,7 +38,7 @@ from diffpipe.data.loader import make_loader  # noqa: E402
 from diffpipe.data.media import probe, read  # noqa: E402
 from diffpipe.data.sampler import StepSampler  # noqa: E402
 from diffpipe.encode import prepare_data  # noqa: E402
-from diffpipe.metrics import EvalRecord, Progress, StepRecord  # noqa: E402
+from diffpipe.metrics import Sink, StepRecord  # noqa: E402
 from diffpipe.models import make_model  # noqa: E402
 from diffpipe.toy import materialize  # noqa: E402
 from diffpipe.toy.media import draw, write_clip  # noqa: E402
@@ -172,19 +172,14 @@ def decode(work: Path) -> None:
     print(", ".join(f"at {s} s {timed(lambda s=s: read(File(file), Bucket(81, 256, 448), 16.0, s)):.2f} s" for s in (0.0, 30.0, 100.0)))
 
 
-class _Times:
+class _Times(Sink):
     """A sink that keeps what each step took and how long it waited for data."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[float, float]] = []
 
     def step(self, record: StepRecord) -> None:
-        self.steps.append((record.step_time, record.data_time))
-
-    def evaluation(self, record: EvalRecord) -> None: ...
-    def note(self, text: str) -> None: ...
-    def progress(self, progress: Progress) -> None: ...
-    def close(self) -> None: ...
+        self.steps.append((record.step_time, record.split.data))
 
 
 def loader(work: Path) -> None:

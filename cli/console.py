@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from diffpipe.errors import DiffpipeError, Stopped
 
 def run_command(command: Callable[[], None]) -> None:
     """Run a command; a user's mistake becomes a short message and exit code 1, Ctrl-C becomes 130, a run that stopped when asked 75."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console without UTF-8 must not end a run for a folder's name
     try:
         command()
     except Stopped as stop:

@@ -155,7 +155,7 @@ class Painter:
         return [
             name,
             *(f"{parts[part] / took:.0%}" if took else "" for part in PARTS),
-            f"{device / GIB:.2f} of {place.device_memory / GIB:.1f}" if place.device_memory else "no device",
+            f"{device / GIB:.2f} of {place.device_memory / GIB:.1f}" if place.device_memory else "on the CPU",
             f"{host / GIB:.2f} of {place.host_memory / GIB:.0f}",
         ]
 
@@ -219,6 +219,8 @@ class Painter:
 
     def _fitted(self, line: Text) -> Text:
         line.no_wrap = True
+        if self.plain:
+            line.plain = line.plain.encode("ascii", "replace").decode()
         line.truncate(self.width, overflow="crop")
         return line
 

@@ -14,6 +14,8 @@ from diffpipe.config.schema import WandbConfig
 from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.metrics import GIB, EvalRecord, RunRecord, Sink, Split, StepRecord, Wish, by_tenth
 
+# Sections of the config that decide what is trained, or how fast.
+HYPERPARAMETERS = ("run", "mesh", "batch", "model", "objective", "adapter", "optimizer", "schedule", "data", "memory")
 HISTOGRAM_EVERY = 25  # records
 HISTOGRAM_OVER = 2000  # samples
 TENTHS = {n: f"{n / 10:.1f}-{(n + 1) / 10:.1f}" for n in range(10)}
@@ -31,18 +33,19 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "train/samples_per_second": record.samples_per_second,
         "time/step": record.step_time,
         "time/left": record.left,
-        "memory/device": record.device_peak / GIB,
         "memory/host": record.host / GIB,
-        "compile/graphs": record.graphs,
         "train/skipped": record.skipped,
     }
+    values |= {"memory/device": record.device_peak / GIB} if record.device_peak else {}
+    values |= {"compile/graphs": record.graphs} if record.graphs else {}
     values |= {f"time/{name}": part for name, part in record.split.parts().items()}
     values |= {f"loss_by_t/{TENTHS[n]}": sum(losses) / len(losses) for n, losses in by_tenth(record.by_time).items()}
     stages = record.stages if len(record.stages) > 1 else {}
     for stage, ranks in stages.items():
         values |= {f"time/{name}/stage{stage}": part for name, part in Split.mean([r.split for r in ranks]).parts().items()}
     for number, rank in enumerate(record.ranks if len(record.ranks) > 1 else ()):
-        values |= {f"memory/device/rank{number}": rank.device_peak / GIB, f"memory/host/rank{number}": rank.host / GIB}
+        values[f"memory/host/rank{number}"] = rank.host / GIB
+        values |= {f"memory/device/rank{number}": rank.device_peak / GIB} if rank.device_peak else {}
     return values
 
 
@@ -80,10 +83,11 @@ class TensorBoardSink(Sink):
     def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
+        given = dict(settings({section: run.config[section] for section in HYPERPARAMETERS}))
         sets = [s["name"] for s in run.config["eval"]["sets"]]
         assert self.writer.file_writer is not None
         # SummaryWriter.add_hparams would make a run of its own beside this one.
-        for summary in hparams(dict(settings(run.config)), dict.fromkeys(["train/loss_smoothed", *(f"eval/{n}/loss" for n in sets)], 0.0)):
+        for summary in hparams(given, dict.fromkeys(["train/loss_smoothed", *(f"eval/{n}/loss" for n in sets)], 0.0)):
             self.writer.file_writer.add_summary(summary)
         self.writer.add_text("run", f"{run.name}: {run.trains}", 0)
 

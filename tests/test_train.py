@@ -59,9 +59,16 @@ def test_a_run_folder_holds_what_the_docs_promise(command: Command, tmp_path: Pa
         "time/data",
         "time/compute",
         "time/communication",
+        "time/stall",
+        "time/bubble",
+        "train/loss_smoothed",
         "memory/host",
     }
     assert wanted <= set(events.Tags()["scalars"])
+    (bins,) = events.Histograms("train/loss_by_t")
+    assert bins.step == 2 and bins.histogram_value.bucket_limit[:3] == pytest.approx([0.1, 0.2, 0.3])
+    given = b"".join(events.SummaryMetadata(tag).plugin_data.content for tag in events.summary_metadata if tag.startswith("_hparams_"))
+    assert b"model.family" in given and b"output_dir" not in given
 
 
 def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_path: Path) -> None:

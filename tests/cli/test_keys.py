@@ -40,7 +40,7 @@ class Screen:
         self.found = termios.tcgetattr(self.ours)
         termios.tcsetwinsize(self.ours, (24, 80))
         self.shown = ""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "PYTHONIOENCODING": "ascii"}
         start = [
             sys.executable,
             "-c",
@@ -116,9 +116,9 @@ def test_keys_export_checkpoint_and_stop_a_run_of_two_stages_and_the_terminal_is
     screen: Callable[..., Screen], home: Path
 ) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    shown = screen(*launcher, *PROGRAM, *arguments("flux", home / "keys", **LONG, **{"mesh.stages": 2}))
+    shown = screen(*launcher, *PROGRAM, *arguments("flux", home / "läufe 日本", **LONG, **{"mesh.stages": 2}))
     shown.wait_for_text("q quit")
-    run = folder_of(home / "keys")
+    run = folder_of(home / "läufe 日本")
     shown.wait_for(lambda: shown.settings() != shown.found, "reading of keys, one by one")
     shown.press("s")
     shown.wait_for_text("export ")
@@ -128,6 +128,7 @@ def test_keys_export_checkpoint_and_stop_a_run_of_two_stages_and_the_terminal_is
     shown.wait_for_text("q again quits")
     shown.press("x")
     assert shown.end() == 0
+    assert shown.shown.isascii() and "l\\xe4ufe" in shown.shown and "\\u65e5" in shown.shown
     assert shown.settings() == shown.found
     (exported,) = (run / "exports").iterdir()
     first, last = list_checkpoints(run / "checkpoints")
@@ -149,7 +150,12 @@ def test_a_killed_process_leaves_the_terminal_as_it_was(screen: Callable[..., Sc
 def test_files_in_the_run_folder_ask_for_the_same_where_there_is_no_terminal(home: Path) -> None:
     command = [sys.executable, *PROGRAM, *arguments("flux", home / "files", **LONG, **{"mesh.stages": 1})]
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     wishes = iter(["save", "checkpoint", "stop"])

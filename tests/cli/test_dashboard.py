@@ -1,0 +1,113 @@
+"""The picture of a run fits the terminal it is drawn on, and says what matters most."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from diffpipe.cli.chart import Series, chart
+from diffpipe.cli.dashboard import Dashboard
+from diffpipe.cli.picture import ABOVE, picture
+from diffpipe.metrics import GIB, EvalRecord, Place, RankRecord, RunRecord, Split, StepRecord
+
+SPLIT = Split(data=0.1, compute=1.4, stall=0.2, bubble=0.2, communication=0.1)
+
+
+def shown(width: int, height: int, stages: int = 2, replicas: int = 1, encoding: str = "utf-8") -> tuple[Dashboard, list[str]]:
+    """A dashboard after 40 steps, and what it draws."""
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=file, force_terminal=True, width=width, height=height, legacy_windows=False, color_system=None)
+    board = Dashboard(console)
+    places = tuple(Place(s, r, "a card", 12 * GIB, 64 * GIB) for s in range(stages) for r in range(replicas))
+    board.begin(RunRecord("20260101-120000", "Wan2.1, LoRA of rank 16", places, {}), lambda wish: None)
+    ranks = tuple(RankRecord(p.stage, p.replica, SPLIT, (10 + p.stage) * GIB, 3 * GIB) for p in places)
+    for n in range(40):
+        pairs = tuple((i / 10 + 0.05, 1.0 + i) for i in range(10))
+        board.step(StepRecord(n + 1, 400, 0, False, 2.0 - n / 40, 2.1, "81x480x832", 1e-4, 0.5, 8, 2.0, 720.0, pairs, ranks))
+    board.evaluation(EvalRecord(0, "held-out", 2.5))
+    board.evaluation(EvalRecord(40, "held-out", 1.5))
+    board.written("checkpoint", Path("checkpoints/step-00000040"))
+    board.warn("the data's order starts anew")
+    assert board.view is not None
+    board.close()
+    board.doing("step 41, bucket 81x480x832")
+    with console.capture() as captured:
+        console.print(picture(board.view, console, console.options))
+    return board, captured.get().splitlines()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (60, 16), (200, 60)])
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (4, 2), (8, 4), (64, 2)])
+def test_no_line_is_longer_than_the_terminal_and_notes_keep_their_place(size: tuple[int, int], mesh: tuple[int, int]) -> None:
+    _, lines = shown(*size, *mesh)
+    assert {len(line) for line in lines} == {size[0]}
+    assert len(lines) <= size[1] - ABOVE
+
+
+def test_80_columns_hold_all_that_is_asked_of_a_dashboard() -> None:
+    _, lines = shown(80, 24)
+    text = "\n".join(lines)
+    for wanted in (
+        "20260101-120000",
+        "Wan2.1, LoRA of rank 16",
+        "step 40 of 400   epoch 1   left 0:12:00",
+        "loss 1.0250   smoothed 2.1000   █",
+        "lr 0.0001   grad norm 0.5   s/step 2.000   samples/s 4",
+        "now step 41, bucket 81x480x832",
+        "5%       70%     10%      10%     5%   10.00 of 12.0   3.00 of 64",
+        "11.00 of 12.0",
+        "checkpoint step-00000040",
+        "export none yet",
+        "eval held-out 1.5000",
+        "warning: the data's order starts anew",
+    ):
+        assert wanted in text
+
+
+def test_a_tall_terminal_shows_the_curve_and_the_losses_by_t_and_bucket_too() -> None:
+    tall, small = ("\n".join(shown(120, height)[1]) for height in (40, 24))
+    for more in ("0.0-0.1", "10.0000", "bucket 81x480x832 1", "1.0250 "):
+        assert more in tall
+    assert "0.0-0.1" not in small
+
+
+def test_more_ranks_than_lines_are_shown_by_stage_with_the_largest_memory() -> None:
+    _, lines = shown(80, 24, 4, 8)
+    rows = [line.split() for line in lines if "of 12.0" in line]
+    assert [row[1:3] for row in rows] == [[str(n), "x8"] for n in range(4)]
+    _, lines = shown(80, 24, 64, 2)
+    rows = [line for line in lines if "of 12.0" in line]
+    assert any(f"and {64 - len(rows)} more" in line for line in lines), "and by stage, those that fit, where stages are too many too"
+
+
+def test_a_console_without_utf_8_is_drawn_on_in_ascii() -> None:
+    _, lines = shown(80, 24, encoding="cp437")
+    assert lines and "".join(lines).isascii()
+
+
+def test_memory_beyond_its_limit_is_red() -> None:
+    from diffpipe.cli.picture import Painter
+
+    board, _ = shown(80, 24, 4)
+    assert board.view is not None
+    rows = Painter(board.view, 76, 20, False).ranks(10)[1:]
+    styles = [str(row.spans[0].style) if row.spans else str(row.style) for row in rows]
+    assert ["red" in style for style in styles] == [False, False, False, True]
+
+
+def test_a_chart_has_its_largest_value_full_and_its_smallest_a_sliver() -> None:
+    assert chart([0.0, 1.0, 2.0], 3) == ["▁▅█"]
+    assert chart([0.0, 1.0, 2.0], 3, 2) == [" ▁█", "▁██"]
+    assert chart([1.0, 3.0], 1) == ["▁"], "columns are means where values are more"
+    assert chart([], 5, 2) == ["", ""]
+
+
+def test_a_series_keeps_its_shape_in_bounded_memory() -> None:
+    series = Series(most=8)
+    for n in range(1000):
+        series.add(float(n))
+    assert len(series.values) < 8
+    assert series.values == sorted(series.values) and series.values[0] < 200 < 800 < series.values[-1]
