@@ -116,7 +116,7 @@ def test_keys_export_checkpoint_and_stop_a_run_of_two_stages_and_the_terminal_is
     screen: Callable[..., Screen], home: Path
 ) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    shown = screen(*launcher, *PROGRAM, *arguments("flux", home / "läufe 日本", **LONG, **{"mesh.stages": 2}))
+    shown = screen(*launcher, *PROGRAM, *arguments(home / "läufe 日本", **LONG, **{"mesh.stages": 2}))
     shown.wait_for_text("q quit")
     run = folder_of(home / "läufe 日本")
     shown.wait_for(lambda: shown.settings() != shown.found, "reading of keys, one by one")
@@ -148,7 +148,7 @@ def test_a_killed_process_leaves_the_terminal_as_it_was(screen: Callable[..., Sc
 
 
 def test_files_in_the_run_folder_ask_for_the_same_where_there_is_no_terminal(home: Path) -> None:
-    command = [sys.executable, *PROGRAM, *arguments("flux", home / "files", **LONG, **{"mesh.stages": 1})]
+    command = [sys.executable, *PROGRAM, *arguments(home / "files", **LONG, **{"mesh.stages": 1})]
     process = subprocess.Popen(
         command,
         cwd=ROOT,
