@@ -76,7 +76,12 @@ def run_in(output: Path) -> Path:
     return config.parent
 
 
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run's newest checkpoint holds."""
+    return read_weights(list_checkpoints(run / "checkpoints")[-1])
+
+
 def same_weights(one: Path, other: Path) -> bool:
     """Whether the newest checkpoints of two runs hold the same bits."""
-    expected, got = (read_weights(list_checkpoints(run / "checkpoints")[-1]) for run in (one, other))
+    expected, got = last_weights(one), last_weights(other)
     return expected.keys() == got.keys() and all(torch.equal(got[name], weight) for name, weight in expected.items())

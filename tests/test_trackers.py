@@ -22,7 +22,7 @@ def test_a_run_is_recorded_without_its_key_being_written_anywhere(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home/wandb"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home/wandb"))
-    command(*arguments("flux", tmp_path / "run", **ASKED))
+    command(*arguments(tmp_path / "run", **ASKED))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     (record,) = [p for p in files if p.suffix == ".wandb"]
     assert record.is_relative_to(tmp_path / "run")
@@ -34,9 +34,9 @@ def test_a_run_is_recorded_without_its_key_being_written_anywhere(
 def test_what_is_missing_for_it_is_told_before_anything_else(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    done = command(*arguments("flux", tmp_path / "run", **ASKED), check=False)
+    done = command(*arguments(tmp_path / "run", **ASKED), check=False)
     assert done.exit_code == 1 and "metrics.wandb: the environment variable WANDB_API_KEY is not set" in done.stderr
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
-    done = command(*arguments("flux", tmp_path / "run", **ASKED), check=False)
+    done = command(*arguments(tmp_path / "run", **ASKED), check=False)
     assert done.exit_code == 1 and "pip install 'diffpipe[wandb]'" in done.stderr
     assert not list((tmp_path / "run").glob("*/config.yaml")), "no run is begun"

@@ -20,7 +20,8 @@ from diffpipe.pipeline.rehearsal import Rehearsal
 from tests.conftest import ROOT, Command, World
 from tests.pipeline.test_memory import config_of
 from tests.pipeline.test_rehearsal import CARD, Toys, bucket_of
-from tests.test_train import PROGRAM, arguments, last_weights, losses
+from tests.survival import last_weights, run_in
+from tests.test_train import PROGRAM, arguments, losses
 
 CASES = {
     (1, 1, 2): ["flux-lora-false", "sdxl-full-true"],
@@ -43,10 +44,10 @@ def test_a_sharded_full_fine_tune_ends_goes_on_and_exports_as_one_process_does(w
     more = {"mesh.stages": 1, "adapter": "null", "run.steps": 2, "checkpoint.every_steps": 1, "checkpoint.keep": 9, "eval.sets": "[]"}
     more |= {"export.formats": "[diffusers]", "model.dtype": "float32"}
     sharded = {**more, "mesh.shard": 2, "batch.accumulate": 2}
-    alone = command(*arguments("flux", tmp_path / "one", **{**more, "batch.accumulate": 4}))
-    shared = world(2, *PROGRAM, *arguments("flux", tmp_path / "two", **sharded))
+    alone = command(*arguments(tmp_path / "one", **{**more, "batch.accumulate": 4}))
+    shared = world(2, *PROGRAM, *arguments(tmp_path / "two", **sharded))
     assert losses(shared.stdout) == pytest.approx(losses(alone.stdout), rel=1e-4)
-    expected, got = last_weights(tmp_path / "one"), last_weights(tmp_path / "two")
+    expected, got = last_weights(run_in(tmp_path / "one")), last_weights(run_in(tmp_path / "two"))
     assert got.keys() == expected.keys()
     for name, weight in got.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-5)
@@ -56,10 +57,10 @@ def test_a_sharded_full_fine_tune_ends_goes_on_and_exports_as_one_process_does(w
     # As a kill behind step 1 leaves it.
     shutil.rmtree(list_checkpoints(next((tmp_path / "two").iterdir()) / "checkpoints")[-1])
     shutil.copytree(tmp_path / "two", tmp_path / "other")
-    world(2, *PROGRAM, *arguments("flux", tmp_path / "two", **sharded), "--resume")
-    assert all(torch.equal(t, got[name]) for name, t in last_weights(tmp_path / "two").items()), "on the same mesh bit for bit"
-    command(*arguments("flux", tmp_path / "other", **{**more, "batch.accumulate": 4}), "--resume", "")
-    for name, weight in last_weights(tmp_path / "other").items():
+    world(2, *PROGRAM, *arguments(tmp_path / "two", **sharded), "--resume")
+    assert all(torch.equal(t, got[name]) for name, t in last_weights(run_in(tmp_path / "two")).items()), "on the same mesh bit for bit"
+    command(*arguments(tmp_path / "other", **{**more, "batch.accumulate": 4}), "--resume", "")
+    for name, weight in last_weights(run_in(tmp_path / "other")).items():
         torch.testing.assert_close(weight, got[name], rtol=1e-4, atol=1e-5)
 
 
