@@ -368,6 +368,7 @@ class Trainer:
                 seed=self.config.run.seed,
                 replica=self.mesh.replica,
                 replicas=self.mesh.replicas,
+                in_step=self.mesh.shards > 1,  # which gather weights together
                 normalize_masks=self.config.data.normalize_masks,
             ):
                 with self._explained(f"the evaluation of bucket {batch.bucket}"):

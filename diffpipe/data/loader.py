@@ -149,12 +149,16 @@ def eval_batches(
     accumulate: int = 1,
     replica: int = 0,
     replicas: int = 1,
+    in_step: bool = False,
     normalize_masks: bool = False,
 ) -> Iterator[Batch]:
     """Every sample once at every quantile, in a fixed order, with the same noise at every evaluation and quantile.
 
     A batch is up to ``accumulate`` microbatches of up to ``micro`` samples of one bucket: none is lost, the last of
     a bucket may be smaller. Replicas take turns with batches.
+
+    Args:
+        in_step: every replica has as many batches as the others, the last of which may be one of another's, without samples to count.
     """
     by_bucket: dict[Bucket, list[int]] = {}
     for i, bucket in enumerate(samples.buckets):
@@ -164,11 +168,14 @@ def eval_batches(
         for bucket, members in sorted(by_bucket.items())
         for i in range(0, len(members), micro * accumulate)
     ]
+    own = groups[replica::replicas]
+    lacking = in_step and len(own) < len(groups[::replicas])  # than the first has
     for quantile in quantiles:
-        for bucket, members in groups[replica::replicas]:
+        for i, (bucket, members) in enumerate(own + groups[:1] * lacking):
             keys = [Key(seed, 0, s, 0, quantile) for s in members]
             microbatches, times = _prepare(samples, model, members, keys, micro, normalize_masks)
-            yield Batch(microbatches, bucket, 0, members, times, False, quantile)
+            counted = members if i < len(own) else []
+            yield Batch(microbatches, bucket, 0, counted, times[: len(counted)], False, quantile)
 
 
 def _prepare(

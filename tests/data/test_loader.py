@@ -133,6 +133,14 @@ def test_replicas_share_out_an_evaluation(samples: Samples) -> None:
     assert sorted(i for part in parts for b in part for i in b.samples) == list(range(11))
 
 
+def test_replicas_that_must_keep_step_have_as_many_batches_of_an_evaluation_each(samples: Samples) -> None:
+    given = {"quantiles": [0.1, 0.5], "micro": 2, "seed": 0, "replicas": 4, "in_step": True}
+    parts = [list(eval_batches(samples, Pool(), **given, replica=r)) for r in range(4)]
+    assert {len(part) for part in parts} == {4} and all(b.microbatches for part in parts for b in part)
+    for quantile in (0.1, 0.5):
+        assert sorted(i for part in parts for b in part for i in b.samples if b.quantile == quantile) == list(range(11))
+
+
 def test_a_captions_variants_are_shown_by_turns_and_dropped_at_their_rate(samples: Samples) -> None:
     both = (key_of("caption"), key_of("other"))
     samples.entries = [replace(e, texts=both, captions=("caption", "other"), dropout=0.25) for e in samples.entries]
