@@ -90,6 +90,22 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(cache
     assert run_in(tmp_path)  # one folder, of one run
 
 
+def test_only_what_torchrun_starts_again_goes_on_by_itself(
+    command: Command, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(restarts: int, steps: int) -> str:
+        for name, value in {"RUN_ID": "none", "RESTART_COUNT": str(restarts)}.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+        monkeypatch.setenv("MASTER_PORT", "29500")  # which the next launch may have too
+        return command(*arguments(tmp_path, cache, **{"run.steps": steps})).stdout
+
+    assert "resumed" not in launched(0, 2)
+    assert "resumed from step-00000002" in launched(1, 4)
+    assert "resumed" not in launched(0, 2)
+    assert len(list(tmp_path.glob("*/config.yaml"))) == 2
+    assert len(list(tmp_path.glob("*/launch.txt"))) == 1, "the name belongs to the newer launch"
+
+
 @posix
 def test_runs_killed_at_random_end_with_the_bits_of_the_unbroken_run() -> None:
     done = subprocess.run(
