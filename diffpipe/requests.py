@@ -13,10 +13,9 @@ from operator import or_
 from time import monotonic
 from typing import Any
 
+from diffpipe.data.workers import SIGNALS
 from diffpipe.pipeline.mesh import Mesh
 
-# A terminal's Ctrl-C, a system that shuts down, and what schedulers send ahead of taking a machine away; Windows lacks the last.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 SAME = 1.0  # seconds in which a terminal and a launcher may both pass on one Ctrl-C
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -81,9 +82,9 @@ def open_run(config: Config, resume: str | None, mesh: Mesh) -> Run:
 
 def _earlier(config: Config, resume: str | None, launch: Launch | None) -> Path | None:
     if launch is not None and launch.again:
-        for folder in reversed(_runs(config.output_dir)):
-            if (folder / LAUNCH).is_file() and (folder / LAUNCH).read_text(encoding="utf-8") == launch.name:
-                return folder
+        for claim in _claims(config.output_dir, launch):
+            if list_checkpoints(claim.parent / "checkpoints"):
+                return claim.parent
     return None if resume is None else find_run(config.output_dir, resume)
 
 
@@ -93,7 +94,7 @@ def _begin(config: Config, launch: Launch | None) -> Run:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         folder = next(f for i in range(1000) if not (f := config.output_dir / (f"{name}-{i}" if i else name)).exists())
         folder.mkdir()
-        _claim(folder, launch)
+        _claim(config, folder, launch)
         write_durably(folder / CONFIG, dump(config))
     except OSError as fault:
         raise DiffpipeError(
@@ -120,14 +121,20 @@ def launched_as() -> Launch | None:
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if name == "none":  # the same for every launch with a fixed port, which only one can have at a time
-        name = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if name == "none":  # of every launch with a fixed port, which one of a machine can have at a time
+        name = f"{socket.gethostname()}:{os.environ['MASTER_PORT']}"
     return Launch(name, int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0)
 
 
-def _claim(folder: Path, launch: Launch | None) -> None:
-    """Say which launch a run belongs to."""
+def _claims(output_dir: Path, launch: Launch) -> list[Path]:
+    return [path for path in output_dir.glob(f"*/{LAUNCH}") if path.read_text(encoding="utf-8") == launch.name]
+
+
+def _claim(config: Config, folder: Path, launch: Launch | None) -> None:
+    """Say which launch a run belongs to, and no other run: an earlier launch may have had the same name."""
     if launch is not None:
+        for claim in _claims(config.output_dir, launch):
+            claim.unlink()
         write_durably(folder / LAUNCH, launch.name.encode())
 
 
@@ -168,7 +175,7 @@ def _reopen(config: Config, folder: Path, checkpoint: Path, passed: list[str], l
         write_durably(folder / f"config.until-{checkpoint.name}.yaml", (folder / CONFIG).read_bytes())
         write_durably(folder / CONFIG, dump(config))
     changes += _changes(state["versions"], versions())
-    _claim(folder, launch)
+    _claim(config, folder, launch)
     return Run(folder, checkpoint, tuple(changes), tuple(passed))
 
 

@@ -60,9 +60,9 @@ class Running:
         self.until("(?!)")
         return self.process.wait()
 
-    def workers(self) -> list[psutil.Process]:
-        """The processes that train: what torchrun started, or the process itself."""
-        return psutil.Process(self.process.pid).children() or [psutil.Process(self.process.pid)]
+    def children(self) -> list[psutil.Process]:
+        """The processes that came from it: first those that train, under torchrun."""
+        return psutil.Process(self.process.pid).children(recursive=True)
 
 
 def started_alone(given: Callable[[int], Sequence[str]]) -> list[Running]:

@@ -49,10 +49,11 @@ def losses(text: str) -> list[float]:
 
 @posix
 def test_a_signal_ends_the_run_behind_its_step_with_a_checkpoint_and_code_75(cache: Path, tmp_path: Path) -> None:
-    running = Running(arguments(tmp_path, cache, **{"run.steps": 2000, "checkpoint.every_steps": "null"}))
+    running = Running(arguments(tmp_path, cache, **{"run.steps": 2000, "checkpoint.every_steps": "null", "data.workers": 1}))
     running.until("^step 3/")
-    running.process.send_signal(signal.SIGUSR1)
-    running.process.send_signal(signal.SIGTERM)  # as schedulers do when time runs out: it ends no sooner
+    for each in (signal.SIGUSR1, signal.SIGTERM):  # as schedulers do: first ahead of time, then when it is up, to all processes
+        for process in (*running.children(), running.process):
+            process.send_signal(each)
     assert running.end() == 75
     run = run_in(tmp_path)
     (checkpoint,) = list_checkpoints(run / "checkpoints")
@@ -82,11 +83,27 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(cache
     more = {"mesh.stages": 2, "run.steps": 40}
     running = Running(arguments(tmp_path, cache, **more), ["--standalone", "--nproc_per_node=2", "--max-restarts=1"])
     running.until("^checkpoint .*step-00000002")
-    running.workers()[0].kill()
+    running.children()[0].kill()
     assert running.end() == 0, running.output[-3000:]
     assert re.search(r"^resumed from step-000000\d+", running.output, re.M)
     assert "step 40/40" in running.output
     assert run_in(tmp_path)  # one folder, of one run
+
+
+def test_only_what_torchrun_starts_again_goes_on_by_itself(
+    command: Command, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launched(restarts: int, steps: int) -> str:
+        for name, value in {"RUN_ID": "none", "RESTART_COUNT": str(restarts)}.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+        monkeypatch.setenv("MASTER_PORT", "29500")  # which the next launch may have too
+        return command(*arguments(tmp_path, cache, **{"run.steps": steps})).stdout
+
+    assert "resumed" not in launched(0, 2)
+    assert "resumed from step-00000002" in launched(1, 4)
+    assert "resumed" not in launched(0, 2)
+    assert len(list(tmp_path.glob("*/config.yaml"))) == 2
+    assert len(list(tmp_path.glob("*/launch.txt"))) == 1, "the name belongs to the newer launch"
 
 
 @posix

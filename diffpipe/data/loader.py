@@ -16,7 +16,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.dataset import Samples, stack
 from diffpipe.data.sampler import Step, StepSampler
-from diffpipe.data.workers import told_of_death, worker_context
+from diffpipe.data.workers import outlive_signals, told_of_death, worker_context
 from diffpipe.flow import Key
 from diffpipe.models.base import DiffusionModel, Targets
 
@@ -116,6 +116,7 @@ class Loader:
                 # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
                 generator=torch.Generator().manual_seed(0),
                 multiprocessing_context=worker_context() if self._workers else None,
+                worker_init_fn=outlive_signals,
                 pin_memory=self._pinned,
             )
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
 from diffpipe.errors import DiffpipeError, causes
+
+# A terminal's Ctrl-C, a system that shuts down, and what schedulers send ahead of taking a machine away; Windows lacks the last.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 
 
 def worker_context() -> Any:
@@ -18,7 +24,19 @@ def worker_context() -> Any:
     context = multiprocessing.get_context("forkserver")
     # torch is imported once, in the server the workers come from.
     context.set_forkserver_preload(["diffpipe.data.loader"])
+    if threading.current_thread() is threading.main_thread():
+        # The server inherits what is ignored: a signal to all processes of a job must not end what the run still needs for its step.
+        before = {each: signal.signal(each, signal.SIG_IGN) for each in SIGNALS}
+        forkserver.ensure_running()
+        for each, handler in before.items():
+            signal.signal(each, handler)
     return context
+
+
+def outlive_signals(worker: int) -> None:
+    """Called in a loader's worker: what a signal means is for the training process to say, which ends its workers when it ends."""
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -252,13 +252,16 @@ def _compare(store: Store, rank: int, world: int, own: Mapping[str, Any]) -> Non
             told.append(json.loads(store.get(f"agreed/{each}")))
         except dist.DistError as fault:
             raise DiffpipeError(
-                f"rank {each} of {world} did not come within {MEETING.total_seconds() / 60:g} minutes",
+                f"rank {each} of {world} was not heard of: {str(fault).splitlines()[0]}",
                 where="mesh",
-                expected=f"{world} processes",
+                expected=f"{world} processes within {MEETING.total_seconds() / 60:g} minutes",
                 fix="see what that rank says, and that torchrun was started on every machine",
             ) from fault
+    store.set(f"compared/{rank}", "")
     lines = [f"rank {each}: {k} is {b!r}, not {a!r}" for each, other in enumerate(told) for k, a, b in differences(told[0], other)]
     if lines:
+        with suppress(dist.DistError):  # the store may end with this process: not before the others have read
+            store.wait([f"compared/{each}" for each in range(world)], timedelta(seconds=20))
         more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise ConfigError(
             "ranks do not agree with rank 0\n" + "\n".join(f"  {line}" for line in lines[:8]) + more,
