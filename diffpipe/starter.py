@@ -79,7 +79,7 @@ def start(answers: Answers) -> Start:
     card = min(CARDS, key=lambda c: abs(c.memory / GIB - answers.gigabytes * USED))
     fault: DiffpipeError | None = None
     for memory in _ways(answers.full):
-        raw = _raw(answers, family) | {"memory": {"budget": f"{least}GiB", **memory, "compile": False}}
+        raw = keys_of(answers) | {"memory": {"budget": f"{least}GiB", **memory, "compile": False}}
         try:
             plan = make_plan(validate(raw, "the answers"), card.name)
         except DiffpipeError as found:
@@ -103,8 +103,9 @@ def _ways(full: bool) -> Iterator[dict[str, Any]]:
             yield {**({} if quantize == "none" else {"quantize": quantize}), **more}
 
 
-def _raw(answers: Answers, family: type[DiffusionModel]) -> dict[str, Any]:
+def keys_of(answers: Answers) -> dict[str, Any]:
     """The config's keys but those of memory, in the schema's order."""
+    family = model_class(answers.family)
     flow = family.process == "rectified flow"
     folder = {"path": answers.data, **({"controls": answers.controls} if answers.controls else {})}
     return {

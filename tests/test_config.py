@@ -92,7 +92,11 @@ def test_every_shipped_config_is_valid(file: Path) -> None:
     load_config(file)
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["cache"], ["export"], ["models"], ["schema"]], ids=lambda c: " ".join(c) or "diffpipe")
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["cache"], ["export"], ["init"], ["doctor"], ["convert"], ["models"], ["schema"]],
+    ids=lambda c: " ".join(c) or "diffpipe",
+)
 def test_help_is_quick_and_fits_a_screen(command: list[str]) -> None:
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "diffpipe", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -188,6 +188,10 @@ def _sdxl(draft: Draft, old: Table) -> None:
     else:
         draft.change(old, key, "objective.debiased", False, "diffusion-pipe takes false for true; to go on as it did, set true")
     rates = {"text_encoder_1_lr": "^text_encoder\\.", "text_encoder_2_lr": "^text_encoder_2\\.", "unet_lr": "^unet\\."}
+    if any(fate.key == "force_constant_lr" for fate in draft.fates):
+        for key in rates:
+            draft.leave(old, key, "force_constant_lr overrides it; nothing to do")
+        rates = {}
     given = {key: old.number(key) for key in rates if key in old}
     frozen = given.get("text_encoder_1_lr") == given.get("text_encoder_2_lr") == 0
     draft.put("model.train_text_encoders", not frozen)

@@ -24,7 +24,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 OURS = ("adamw", "adamw8bit", "adamw8bit-kahan")
 COMPENSATED = ("adamw_optimi", "automagic", "genericoptim")  # keep what 16-bit weights lose, by Kahan's summation
 SAID = {
-    "adamw_optimi": "Kahan's summation makes up there for 16-bit weights, model.trainable_dtype here",
+    "adamw_optimi": "Kahan's summation makes up there for 16-bit weights; here model.trainable_dtype float32 does, and where all weights"
+    " train optimizer.rounding stochastic",
     "offload": "with optimizer.offload true",
     "automagic": "it is not here: adamw stands in its place, with a rate of its own; `prodigy` also finds its rate by itself",
 }
@@ -35,9 +36,8 @@ LEFT = {
         "it is automagic's own; set optimizer.lr, or optimizer.kind prodigy",
     ),
     "genericoptim": {
-        **dict.fromkeys(
-            ("correct_bias", "correct_dim", "skip_invalid_grads"), "adamw corrects its bias, and no step with invalid gradients is taken"
-        ),
+        **dict.fromkeys(("correct_bias", "correct_dim"), "adamw corrects its bias; nothing to do"),
+        "skip_invalid_grads": "a gradient that is not finite ends the run, and --resume goes on; nothing to do",
         **dict.fromkeys(("momentum_type", "second_moment_type"), "averages are plain ones; `adafactor` and `came` factor the second"),
         **dict.fromkeys(("automagic", "min_lr", "max_lr", "lr_bump", "lr_decrease_factor"), "rates are not sought; `prodigy` seeks one"),
         **dict.fromkeys(("rank", "proj_type", "update_proj_gap"), "gradients are not projected; `galore` and `apollo` do"),
@@ -100,7 +100,11 @@ def convert_optimizer(draft: Draft, old: Table, *, batch: int, dtype: str, adapt
 
 
 def _named(draft: Draft, old: Table, name: str) -> tuple[str, dict[str, Any]]:
-    """An optimizer of pytorch-optimizer by its class; adamw where it cannot be used."""
+    """An optimizer of pytorch-optimizer by its class, and what that takes where the table says nothing.
+
+    Raises:
+        ConfigError: when there is none of that name, or it cannot be used here.
+    """
     try:
         known = arguments(name.lower())
     except ConfigError as fault:
@@ -116,7 +120,6 @@ def _named(draft: Draft, old: Table, name: str) -> tuple[str, dict[str, Any]]:
 def _rate(draft: Draft, old: Table, defaults: dict[str, Any], forced: bool) -> None:
     if forced:
         draft.leave(old, "lr", "force_constant_lr overrides it; nothing to do")
-        draft.raw.get("optimizer", {}).pop("groups", None)
     elif "lr" in old and not draft.told(old, "lr"):
         draft.carry(old, "lr", "optimizer.lr")
     elif defaults.get("lr"):

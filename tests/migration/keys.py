@@ -211,6 +211,7 @@ MODEL = [
     model("sdxl", "unet_lr = 4e-5", CARRIED, {"optimizer.groups.0.match": "^unet\\.", "optimizer.groups.0.lr": 4e-5}),
     model("sdxl", "text_encoder_1_lr = 2e-5", CARRIED, {"optimizer.groups.0.match": "^text_encoder\\.", "model.train_text_encoders": True}),
     model("sdxl", "text_encoder_2_lr = 2e-5", CARRIED, {"optimizer.groups.0.match": "^text_encoder_2\\."}),
+    Row("model.", "unet_lr = 4e-5", LEFT, {"optimizer.lr": 1e-5, "optimizer.groups": []}, kind="sdxl", top="force_constant_lr = 1e-5"),
     model("sdxl", "text_encoder_1_lr = 0", CHANGED, {"model.train_text_encoders": False}, more="text_encoder_2_lr = 0"),
     model("flux", "diffusers_path = 'FLUX'", CARRIED, {"model.path": "FLUX"}),
     model("flux", "transformer_path = 'f.safetensors'", CARRIED, {"model.files.transformer": "f.safetensors"}),
