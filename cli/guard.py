@@ -15,6 +15,7 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 
 def main() -> None:
+    assert sys.platform != "win32"
     if sys.stdin.readline():
         return
     saved, changed = (json.loads(text, object_hook=lambda o: o["byte"].encode("latin-1")) for text in sys.argv[1:])

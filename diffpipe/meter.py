@@ -67,9 +67,9 @@ class Meter:
         self.began = self.lapped = time.perf_counter()
         self.first = self.first or self.began
 
-    def lap(self, name: str) -> None:
-        """All since the last lap, on the device too, was of this kind."""
-        if self.mesh.device.type == "cuda":
+    def lap(self, name: str, on_device: bool = True) -> None:
+        """All since the last lap was of this kind; that on the device is waited for."""
+        if on_device and self.mesh.device.type == "cuda":
             torch.cuda.synchronize(self.mesh.device)
         now = time.perf_counter()
         self.laps[name] += now - self.lapped

@@ -271,14 +271,15 @@ class Trainer:
             if ends and not last:
                 if Request.INTERRUPT in asked:
                     raise Stopped(self.run.folder, self.step)
-                self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked; --resume goes on from the last checkpoint")
+                goes_on = "; --resume goes on from there" if Request.STOP in asked else ""
+                self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked{goes_on}")
                 return
 
     def take_step(self) -> StepRecord:
         """Wait for a batch, run it, move the weights."""
         self.meter.begin()
         batch = next(self.feed)
-        self.meter.lap("data")
+        self.meter.lap("data", on_device=False)
         self.sinks.doing(f"step {self.step + 1}, bucket {batch.bucket}")
         if self.step + 1 < self.total:
             self.feed.fetch_ahead()
