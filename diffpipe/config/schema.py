@@ -403,9 +403,9 @@ class MemoryConfig(Section):
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
     feed_forward_chunks: Positive = Field(
         default=1,
-        description="Parts that the tokens pass the feed-forward layers of a block in, one after another: these are several times wider than"
-        " the rest, and of that width only a part is then held at once. With compile it needs recompute; without, each part is computed"
-        " again in the backward pass.",
+        description="Parts that the tokens pass the feed-forward layers of a block in, one after another: these are several times"
+        " wider than the rest, and of that width only a part is then held at once. With compile it needs recompute; without, each part"
+        " is computed again in the backward pass.",
     )
     swap: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = Field(
         default=0,
