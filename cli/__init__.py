@@ -131,14 +131,11 @@ def convert(
     gpus: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="GPUs that it ran on.", show_default="one for each pipeline stage")
     ] = None,
-    steps_per_epoch: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Steps of an epoch, to turn counts of epochs into steps.", show_default=False)
-    ] = None,
 ) -> None:
     """Turn a diffusion-pipe config and its dataset configs into one of ours; tells what became of every key."""
     from diffpipe.cli.convert import convert_command
 
-    run_command(lambda: convert_command(source, output, gpus, steps_per_epoch))
+    run_command(lambda: convert_command(source, output, gpus))
 
 
 @app.command()

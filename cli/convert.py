@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from diffpipe.migration.draft import Fate
 
 
-def convert_command(source: Path, output: Path | None, gpus: int | None, steps_per_epoch: int | None) -> None:
+def convert_command(source: Path, output: Path | None, gpus: int | None) -> None:
     from diffpipe.cli.quiet import quiet_libraries
 
     quiet_libraries()
@@ -21,7 +21,7 @@ def convert_command(source: Path, output: Path | None, gpus: int | None, steps_p
 
     if output is not None and output.exists():
         raise ConfigError("is there already", where=str(output), fix="name another file with -o, or delete it")
-    made = convert(source, Scale(gpus, steps_per_epoch))
+    made = convert(source, Scale(gpus))
     if output is None:
         print(made.text, end="")
     else:

@@ -254,7 +254,7 @@ class Trainer:
             if self.step % config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
             last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
-            if last or _due(self.step, config.eval.every_steps):
+            if last or _due(self.step, config.eval.every_steps) or _due(epochs, config.eval.every_epochs):
                 self.evaluate()
             asked = requests.agreed()
             self._finish_saving(wait=False)

@@ -345,8 +345,9 @@ class EvalSetConfig(Section):
 
 class EvalConfig(Section):
     every_steps: Positive | None = Field(
-        default=None, description="Steps between evaluations; null evaluates at the start and the end only."
+        default=None, description="Steps between evaluations; one is always made at the start and at the end."
     )
+    every_epochs: Positive | None = Field(default=None, description="Epochs between evaluations.")
     quantiles: list[Fraction] = Field(
         default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
         min_length=1,

@@ -14,7 +14,9 @@ CARRIED = {
     "max_steps": ("run.steps", ""),
     "gradient_accumulation_steps": ("batch.accumulate", ""),
     "pipeline_stages": ("mesh.stages", ""),
+    "eval_every_n_epochs": ("eval.every_epochs", ""),
     "save_every_n_epochs": ("export.every_epochs", ""),
+    "checkpoint_every_n_epochs": ("checkpoint.every_epochs", ""),
     "checkpoint_every_n_minutes": ("checkpoint.every_minutes", "the newest three are kept, see checkpoint.keep"),
     "caching_batch_size": ("data.encode_batch", ""),
     "compile": ("memory.compile", "block by block rather than the whole"),
@@ -35,7 +37,7 @@ LEFT = {
     "pseudo_huber_c": "there is no such loss (nor does diffusion-pipe read the key since April 2026); objective.loss smooth_l1 with "
     "objective.delta of the same value has its curvature at 0 and its slope far off",
 }
-MONITORING = "Weights & Biases is not written to, and no config keeps a key; see the run folder's TensorBoard files"
+WANDB = {"wandb_tracker_name": "metrics.wandb.project", "wandb_run_name": "metrics.wandb.name"}
 CLIPS = {"single_beginning": "first", "single_middle": "middle", "multiple_overlapping": "cover"}
 
 
@@ -45,11 +47,9 @@ class Scale:
 
     Attributes:
         gpus: it was started on; None is one a stage.
-        steps_per_epoch: of its data, which turns counts of epochs into counts of steps; None where that is not known.
     """
 
     gpus: int | None = None
-    steps_per_epoch: int | None = None
 
 
 def convert_settings(draft: Draft, old: Table, family: Family, scale: Scale) -> int:
@@ -68,8 +68,8 @@ def convert_settings(draft: Draft, old: Table, family: Family, scale: Scale) -> 
     batch = _micro(draft, old) * int(old.number("gradient_accumulation_steps", 1)) * _replicas(draft, old, scale)
     _schedule(draft, old)
     _losses(draft, old)
-    _evaluation(draft, old, batch, scale)
-    _saving(draft, old, batch, scale)
+    _evaluation(draft, old, batch)
+    _saving(draft, old, batch)
     _memory(draft, old, family)
     _partition(draft, old, family)
     if "map_num_proc" in old:
@@ -80,10 +80,21 @@ def convert_settings(draft: Draft, old: Table, family: Family, scale: Scale) -> 
     for key, said in LEFT.items():
         draft.leave(old, key, said)
     if "monitoring" in old:
-        monitoring = Table(old["monitoring"], "monitoring.", old.file)
-        for key in monitoring:
-            draft.leave(monitoring, key, MONITORING)
+        _monitoring(draft, Table(old["monitoring"], "monitoring.", old.file))
     return batch
+
+
+def _monitoring(draft: Draft, table: Table) -> None:
+    draft.leave(table, "wandb_api_key", "no config keeps a key; set the environment variable WANDB_API_KEY")
+    if "enable_wandb" in table and table.flag("enable_wandb"):
+        draft.put("metrics.wandb", {})
+        draft.tell(table, "enable_wandb", "carried", "metrics.wandb", "needs pip install 'diffpipe[wandb]'")
+        for key, to in WANDB.items():
+            draft.carry(table, key, to)
+    for key in ("enable_wandb", *WANDB):
+        if not draft.told(table, key):
+            draft.leave(table, key, "Weights & Biases is not enabled there; nothing to do")
+    draft.finish(table)
 
 
 def _micro(draft: Draft, old: Table) -> int:
@@ -151,10 +162,9 @@ def _losses(draft: Draft, old: Table) -> None:
         draft.change(old, key, "objective.delta", old.number(key), f"with objective.loss {loss}; for every family rather than for some")
 
 
-def _evaluation(draft: Draft, old: Table, batch: int, scale: Scale) -> None:
+def _evaluation(draft: Draft, old: Table, batch: int) -> None:
     if old.entries("eval_datasets"):
         draft.put("eval.quantiles", [n / 10 for n in range(1, 10)])
-    _by_epochs(draft, old, "eval_every_n_epochs", "eval.every_steps", scale)
     draft.carry(old, "eval_every_n_steps", "eval.every_steps")
     _by_examples(draft, old, "eval_every_n_examples", "eval.every_steps", batch)
     key = "eval_before_first_step"
@@ -164,10 +174,9 @@ def _evaluation(draft: Draft, old: Table, batch: int, scale: Scale) -> None:
         draft.leave(old, key, "a fresh run is always evaluated before its first step; fewer eval.quantiles take less time")
 
 
-def _saving(draft: Draft, old: Table, batch: int, scale: Scale) -> None:
+def _saving(draft: Draft, old: Table, batch: int) -> None:
     draft.carry(old, "save_every_n_steps", "export.every_steps")
     _by_examples(draft, old, "save_every_n_examples", "export.every_steps", batch)
-    _by_epochs(draft, old, "checkpoint_every_n_epochs", "checkpoint.every_steps", scale)
     if "save_dtype" in old:
         if old.text("save_dtype") in DTYPES:
             draft.carry(old, "save_dtype", "export.dtype")
@@ -183,21 +192,6 @@ def _by_examples(draft: Draft, old: Table, key: str, to: str, batch: int) -> Non
         draft.leave(old, key, f"{count} examples are less than the {batch} of a step, which diffusion-pipe cannot count; set {to}")
         return
     draft.change(old, key, to, count // batch, f"{count} examples // {batch} a step")
-
-
-def _by_epochs(draft: Draft, old: Table, key: str, to: str, scale: Scale) -> None:
-    if key not in old:
-        return
-    count, steps = int(old.number(key)), scale.steps_per_epoch
-    if steps is None:
-        draft.leave(
-            old,
-            key,
-            f"{to} counts steps; set it to {count} x the steps of an epoch, which `diffpipe inspect CFG` tells, or convert again with"
-            " --steps-per-epoch",
-        )
-        return
-    draft.change(old, key, to, count * steps, f"{count} epochs x {steps} steps")
 
 
 def _memory(draft: Draft, old: Table, family: Family) -> None:

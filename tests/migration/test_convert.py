@@ -118,14 +118,12 @@ def test_warm_up_rises_as_there(tmp_path: Path, steps: int) -> None:
         assert abs(factor(ScheduleConfig(warmup=made.config.schedule.warmup), k, 10**6) - theirs) <= 1 / (steps * (steps + 1)) + 1e-12
 
 
-def test_the_samples_of_a_step_and_counts_of_examples_and_epochs_follow_from_the_gpus(tmp_path: Path) -> None:
+def test_the_samples_of_a_step_and_counts_of_examples_follow_from_the_gpus(tmp_path: Path) -> None:
     top = "micro_batch_size_per_gpu = 2\ngradient_accumulation_steps = 3\npipeline_stages = 2\n"
-    top += "checkpoint_every_n_epochs = 2\neval_every_n_epochs = 1"
     row = Row("", "save_every_n_examples = 100", "", top=top)
-    config = convert(written(tmp_path, row), Scale(gpus=8, steps_per_epoch=30)).config
+    config = convert(written(tmp_path, row), Scale(gpus=8)).config
     assert (config.mesh.stages, config.mesh.replicate) == (2, 4)
     assert config.export.every_steps == 100 // (2 * 3 * 4)
-    assert (config.checkpoint.every_steps, config.eval.every_steps) == (60, 30)
     with pytest.raises(ConfigError, match="7 GPUs for 2 pipeline stages"):
         convert(written(tmp_path, row), Scale(gpus=7))
 
