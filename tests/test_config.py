@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from diffpipe.config.load import load_config
 from diffpipe.config.reference import json_schema, reference_yaml
-from diffpipe.config.schema import Config
+from diffpipe.config.schema import Config, Section
 from diffpipe.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -112,3 +115,19 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_wrong_command_line_exits_with_2() -> None:
     assert subprocess.run([sys.executable, "-m", "diffpipe", "trian"], cwd=ROOT, capture_output=True).returncode == 2
+
+
+def keys_of(section: type[Section], above: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield above + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from keys_of(kind, f"{above}{name}.")
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_every_key_that_the_docs_name_is_in_the_schema(path: Path) -> None:
+    known = set(keys_of(Config))
+    sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
+    named = set(re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)\b", path.read_text(encoding="utf-8")))
+    assert named and named <= known, named - known
