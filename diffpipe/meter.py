@@ -141,8 +141,9 @@ def split(ranks: list[Measured], took: float) -> tuple[RankRecord, ...]:
     records = []
     for rank in ranks:
         through = max(other.data + other.passes for other in ranks if other.replica == rank.replica)
-        bubble = max(0.0, through - rank.data - rank.busy)
-        compute = max(0.0, rank.busy - rank.stall) + rank.optimizer
+        # Ranks begin a step at slightly different times, so that what they measured may be more than the step.
+        compute = max(0.0, min(rank.busy - rank.stall + rank.optimizer, took - rank.data - rank.stall))
+        bubble = max(0.0, min(through - rank.data - rank.busy, took - rank.data - rank.stall - compute))
         rest = max(0.0, took - rank.data - compute - rank.stall - bubble)
         parts = Split(data=rank.data, compute=compute, stall=rank.stall, bubble=bubble, communication=rest)
         records.append(RankRecord(int(rank.stage), int(rank.replica), parts, int(rank.device_peak), int(rank.host)))

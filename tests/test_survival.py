@@ -147,7 +147,7 @@ def test_a_run_goes_on_over_replicas_with_the_same_samples_and_losses(
     ("settings", "told"),
     [
         ({"batch.accumulate": 3}, "fix: set batch.accumulate to 2; or set batch.may_change to true"),
-        ({"batch.micro": 4}, "fix: take a batch.micro and mesh.replicate whose product divides 2"),
+        ({"batch.micro": 4}, "fix: take a batch.micro, mesh.replicate and mesh.shard whose product divides 2"),
     ],
 )
 def test_other_samples_per_step_are_refused_unless_they_may_change(

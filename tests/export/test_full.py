@@ -11,8 +11,8 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffpipe.checkpoint import save
-from diffpipe.config.schema import AdapterConfig, Config, MeshConfig
+from diffpipe.checkpoint import Checkpoints
+from diffpipe.config.schema import AdapterConfig, CheckpointConfig, Config, MeshConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.export.files import cast, write_safetensors
 from diffpipe.export.run import export_tensors, export_weights, write_component
@@ -166,7 +166,9 @@ def test_an_export_from_a_checkpoint_is_the_export_while_training(
     run = tmp_path / "run"
     with open_mesh(MeshConfig()) as mesh:
         live = export_weights(config, model_of(config), module, mesh, tmp_path / "live", ["diffusers", "comfyui"])
-        save(run / "checkpoints", 7, module, optimizer, {}, mesh, 1)
+        checkpoints = Checkpoints(run / "checkpoints", mesh, CheckpointConfig(), pinned=False)
+        checkpoints.save(7, module, optimizer, {})
+        checkpoints.finish(wait=True)
     (run / CONFIG).write_bytes(dump(config))
     later = export_run(run, formats=["diffusers", "comfyui"])
     assert {p.parent for p in later} == {run / "exports" / "step-00000007"}
@@ -186,6 +188,6 @@ def test_a_stage_that_cannot_write_stops_the_export_on_every_stage(world: World,
     pytest.importorskip("resource")
     world(2, Path(__file__).with_name("stuck.py"), tmp_path, timeout=120)
     told = [(tmp_path / f"told-{stage}.txt").read_text() for stage in range(2)]
-    assert "stage-0.safetensors: cannot be written" in told[0]
+    assert "stage-0-0.safetensors: cannot be written" in told[0]
     assert told[0] == told[1]
     assert not list((tmp_path / "exports").iterdir())
