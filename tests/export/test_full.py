@@ -143,7 +143,7 @@ def test_parts_left_by_a_killed_export_on_more_stages_are_not_read(make_config: 
     config = make_config("wan")
     module = trained(config)
     stale = {n: torch.zeros_like(t) for n, t in module.state_dict().items()}
-    write_safetensors(tmp_path / ".step-1-parts" / "stage-1.safetensors", stale, {})
+    write_safetensors(tmp_path / ".step-1-parts" / "stage-1-0.safetensors", stale, {})
     with open_mesh(MeshConfig()) as mesh:
         (path,) = export_weights(config, model_of(config), module, mesh, tmp_path / "step-1", ["diffusers"])
     written = open_folder(path)
