@@ -242,7 +242,10 @@ class Trainer:
         with self.watch, Signals(self.sinks.note) as signals:
             self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
             sources = [signals.take, self._asked_by_the_clock, *([wishes.take] if self.mesh.reporter else [])]
-            self._train(Requests(self.mesh, sources))
+            try:
+                self._train(Requests(self.mesh, sources))
+            finally:
+                self.feed.close()
 
     def _train(self, requests: Requests) -> None:
         config = self.config

@@ -41,6 +41,13 @@ def test_replicas_share_a_step_that_one_process_takes_alone(world: World, comman
     assert losses(shared.stdout) == pytest.approx(losses(alone.stdout), rel=1e-4)
 
 
+def test_a_run_with_loader_workers_ends_when_it_is_through(world: World, tmp_path: Path) -> None:
+    # They ignore the signal that an interpreter which ends sends its workers before it waits for them.
+    settings = {"mesh.stages": 2, "run.steps": 2, "data.workers": 1, "eval.sets": "[]"}
+    done = world(2, *PROGRAM, *arguments(tmp_path / "run", **settings), timeout=200)
+    assert len(losses(done.stdout)) == 2
+
+
 def test_a_run_folder_holds_what_the_docs_promise(command: Command, tmp_path: Path) -> None:
     command(*arguments(tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2, "checkpoint.keep": 1, "checkpoint.every_steps": 1}))
     (run,) = [p.parent for p in (tmp_path / "run").glob("*/config.yaml")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,14 @@ class Feed:
         note = self._loader.load_state_dict(state)
         self._place = self._loader.state_dict()
         return note
+
+    def close(self) -> None:
+        """End the loader's workers. They ignore the signal by which an interpreter that ends would end them, and wait for them."""
+        if self._ahead is not None:
+            wait([self._ahead])
+            self._ahead = None
+        self._thread.shutdown()
+        self._loader.close()
 
     def _fetch(self) -> tuple[Batch, dict[str, Any]]:
         batch = next(self._loader)
