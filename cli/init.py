@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import typer
 
-from diffpipe.errors import ConfigError
+from diffpipe.errors import ConfigError, told_of_disk
 
 T = TypeVar("T")
 
@@ -25,10 +25,8 @@ def init_command(output: Path, given: Mapping[str, Any], usual: bool) -> None:
     answers = ask(Questions(given, usual))
     print(f"planning {answers.family} for {answers.gigabytes:g} GB ...", flush=True)
     made = start(answers)
-    try:
+    with told_of_disk("cannot be written", where=str(output), fix="name another file", kind=ConfigError):
         write_durably(output, made.text.encode())
-    except OSError as fault:
-        raise ConfigError(f"cannot be written: {fault.strerror or fault}", where=str(output), fix="name another file") from fault
     for line in (*made.plan.lines, *(reason for stage in made.plan.stages for reason in stage.reasons)):
         print(f"  {line}")
     print(f"{output} is written; look at the data with `diffpipe inspect {output}`, then `diffpipe train {output}`")

@@ -10,9 +10,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from diffpipe.config.schema import CheckpointConfig
-from diffpipe.errors import CheckpointError, DiffpipeError
+from diffpipe.errors import CheckpointError, DiffpipeError, told_of_disk
 from diffpipe.export.files import write_safetensors
 from diffpipe.models.weights import open_files, realise
 from diffpipe.optim.state import by_element, restore_state, state_of
@@ -35,6 +35,7 @@ from diffpipe.pipeline.shard import joined, local, piece_name, shard_of
 STATE = "state.json"  # written last: a folder without it is no checkpoint
 UNFINISHED = ".unfinished-"
 DAMAGED = "damaged-"
+ROOM = "free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact"
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint of step {writing.step} could not be written, {free} MiB free: {faults[0].found}",
                 where=str(self.folder),
-                fix="free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact",
+                fix=ROOM,
             )
         files = {name: about for each in found for name, about in each.items()}
         return Saved(self.mesh.decide(lambda: self._name(writing, files)), writing.stalled)
@@ -138,7 +139,7 @@ class Checkpoints:
         return self.folder / f"{UNFINISHED}step-{step:08d}"
 
     def _make_room(self, step: int) -> None:
-        with _told(self.folder, f"no checkpoint of step {step} can be written"):
+        with told_of_disk(f"no checkpoint of step {step} can be written", str(self.folder), ROOM, CheckpointError):
             for old in self.folder.glob("*step-*"):
                 if old.name.startswith(UNFINISHED) or not (old / STATE).is_file():  # what a kill left of a writing, or of a removal
                     shutil.rmtree(old)
@@ -146,7 +147,7 @@ class Checkpoints:
 
     def _name(self, writing: _Writing, files: Mapping[str, Any]) -> Path:
         aside, final = self._aside(writing.step), self.folder / f"step-{writing.step:08d}"
-        with _told(self.folder, f"the checkpoint of step {writing.step} could not be completed"):
+        with told_of_disk(f"the checkpoint of step {writing.step} could not be completed", str(self.folder), ROOM, CheckpointError):
             if missing := [name for name in files if not (aside / name).is_file()]:
                 raise CheckpointError(
                     f"{missing[0]} of the checkpoint of step {writing.step} cannot be seen here",
@@ -306,18 +307,6 @@ def _sync(folder: Path) -> None:
             os.fsync(opened)
         finally:
             os.close(opened)
-
-
-@contextmanager
-def _told(folder: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as fault:
-        raise CheckpointError(
-            f"{what}: {fault.strerror or fault}",
-            where=str(folder),
-            fix="free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact",
-        ) from fault
 
 
 def _random_states(mesh: Mesh) -> dict[str, Tensor]:

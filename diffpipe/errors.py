@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -62,6 +63,15 @@ class Stopped(Exception):
 
     def __init__(self, folder: Path, step: int) -> None:
         super().__init__(f"stopped behind step {step}; --resume {folder} goes on")
+
+
+@contextmanager
+def told_of_disk(found: str, where: str, fix: str, kind: type[DiffpipeError] = DiffpipeError) -> Iterator[None]:
+    """Turns what a disk raises that is full or cannot be written into a fault in the user's words."""
+    try:
+        yield
+    except OSError as fault:
+        raise kind(f"{found}: {fault.strerror or fault}", where=where, fix=fix) from fault
 
 
 def causes(fault: BaseException) -> Iterator[BaseException]:

@@ -8,8 +8,8 @@ import shutil
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from diffpipe.errors import DiffpipeError
+from diffpipe.errors import DiffpipeError, told_of_disk
 
 UNFINISHED = ".unfinished-"
 FORMAT = "diffpipe-cache-2"
@@ -354,17 +354,13 @@ def write_durably(path: Path, content: bytes) -> None:
         raise
 
 
-@contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
+def writing_to(folder: Path) -> AbstractContextManager[None]:
     """Tells of a disk that is full or cannot be written in the user's words."""
-    try:
-        yield
-    except OSError as fault:
-        raise DiffpipeError(
-            f"the cache cannot be written: {fault.strerror or fault}",
-            where=str(folder),
-            fix="free some space or set data.cache_dir to another disk, then run again; what was encoded so far stays",
-        ) from fault
+    return told_of_disk(
+        "the cache cannot be written",
+        where=str(folder),
+        fix="free some space or set data.cache_dir to another disk, then run again; what was encoded so far stays",
+    )
 
 
 def _sweep(folder: Path) -> None:
