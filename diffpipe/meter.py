@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from torch import Tensor
 
 from diffpipe.data.loader import Batch
 from diffpipe.metrics import RankRecord, Smoothed, Split, StepRecord
@@ -27,7 +26,6 @@ class Measured(NamedTuple):
         busy: computing in these passes, stalls included.
         stall: waiting in these passes for copies from host memory.
         optimizer: moving the weights.
-        share: of the sum of all replicas' losses.
     """
 
     stage: float
@@ -37,7 +35,6 @@ class Measured(NamedTuple):
     busy: float
     stall: float
     optimizer: float
-    share: float
     device_peak: float
     host: float
     graphs: float
@@ -75,31 +72,29 @@ class Meter:
         self.laps[name] += now - self.lapped
         self.lapped = now
 
-    def record(self, step: int, batch: Batch, share: Tensor, norm: Tensor, lr: float, skipped: int) -> StepRecord:
+    def record(self, step: int, batch: Batch, loss: float, norm: float, lr: float, skipped: int) -> StepRecord:
         """The step that is over now, the same on every rank; called by all.
 
         Args:
-            share: of the loss, on this rank; a scalar.
-            norm: of the gradients; a scalar.
+            loss, norm: of the whole step, the same on every rank.
             skipped: steps of the run so far that moved no weights.
         """
-        loss, grad_norm, *losses = torch.cat([share.reshape(1), norm.reshape(1), self.pipeline.losses()]).tolist()
+        losses = self.pipeline.losses().tolist()
         pairs = zip(batch.times, losses or [math.nan] * len(batch.times), strict=True)
-        rows = self.mesh.gather([*self._measured(loss), *(x for pair in pairs for x in pair)])
+        rows = self.mesh.gather([*self._measured(), *(x for pair in pairs for x in pair)])
         ranks, known = [Measured(*row[: len(Measured._fields)]) for row in rows], [row[len(Measured._fields) :] for row in rows]
         now = time.perf_counter()
         self.steps += 1
-        mean = sum(rank.share for rank in ranks) / self.mesh.replicas
         return StepRecord(
             step=step,
             steps_total=self.steps_total,
             epoch=batch.epoch,
             epoch_ends=batch.epoch_ends,
-            loss=mean,
-            smoothed=self.smoothed.of(mean),
+            loss=loss,
+            smoothed=self.smoothed.of(loss),
             bucket=str(batch.bucket),
             lr=lr,
-            grad_norm=grad_norm,
+            grad_norm=norm,
             samples=len(batch.samples) * self.mesh.replicas,
             step_time=now - self.began,
             left=(self.steps_total - step) * (now - self.first) / self.steps,
@@ -109,7 +104,7 @@ class Meter:
             skipped=skipped,
         )
 
-    def _measured(self, share: float) -> Measured:
+    def _measured(self) -> Measured:
         if self.mesh.device.type == "cuda":
             self.held = torch.cuda.max_memory_allocated(self.mesh.device)
             self.peak = max(self.peak, self.held)
@@ -122,7 +117,6 @@ class Meter:
             busy=computing if self.mesh.stages > 1 else passes,
             stall=self.pipeline.memory.stalled(),
             optimizer=self.laps["optimizer"],
-            share=share,
             device_peak=self.peak,
             host=psutil.Process().memory_info().rss,
             graphs=graphs(),

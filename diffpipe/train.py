@@ -294,8 +294,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             share = self._pass(batch)
             gradients, norm = self._gradients()
-        loss = self.mesh.sum(share.item())[0] / self.mesh.replicas
-        moves = self._may_move(loss, norm.item(), batch)
+        loss, grad_norm = self.mesh.sum(share.item())[0] / self.mesh.replicas, norm.item()
+        moves = self._may_move(loss, grad_norm, batch)
         if moves and self.config.optimizer.clip is not None:
             scale = (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_([local(g) for g in gradients], scale) if gradients else None
@@ -308,7 +308,7 @@ class Trainer:
         self.step += 1
         self.watch.tick()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        record = self.meter.record(self.step, batch, share, norm, lr, self.guard.skipped)
+        record = self.meter.record(self.step, batch, loss, grad_norm, lr, self.guard.skipped)
         if self.comparison is not None and self.comparison.due(batch.bucket):
             lines = self.mesh.exchange(self.comparison.line(batch.bucket, self.meter.held))
             self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
@@ -408,6 +408,7 @@ class Trainer:
         with self.watch.patient():
             saved = self.checkpoints.finish(wait)
         if saved is not None:
+            self.sinks.note(f"training stood still {saved.stalled:.3f} s for a checkpoint")
             self.sinks.written("checkpoint", saved.path)
 
     def export(self) -> None:
