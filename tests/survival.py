@@ -14,18 +14,13 @@ import torch
 
 from diffpipe.checkpoint import list_checkpoints, read_weights
 from tests.conftest import ROOT, free_port
+from tests.test_train import SMALL
 
 SETTINGS = {
+    **SMALL,
     "run.steps": 6,
-    "batch.micro": 1,
-    "batch.accumulate": 2,
-    "data.resolutions": "[64]",
-    "data.workers": 0,
-    "eval.quantiles": "[0.5]",
-    "checkpoint.every_steps": 2,
     "checkpoint.keep": 8,
     "schedule.kind": "constant",
-    "schedule.warmup": 0,
     "adapter.dropout": 0.1,
     "mesh.stages": 1,
 }

@@ -79,8 +79,8 @@ class BatchConfig(Section):
     )
     may_change: bool = Field(
         default=False,
-        description="Whether a run may go on with other samples per step (micro x accumulate x mesh.replicate) than it was saved with."
-        " With the same number it sees the same samples on any mesh; with another, those that the epoch has not shown yet.",
+        description="Whether a run may go on with other samples per step (micro x accumulate x mesh.replicate x mesh.shard) than it was"
+        " saved with. With the same number it sees the same samples on any mesh; with another, those that the epoch has not shown yet.",
     )
 
 

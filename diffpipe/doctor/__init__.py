@@ -43,5 +43,5 @@ def _folders(config: Config | None) -> dict[str, Path]:
     """Where runs and their cache go."""
     if config is None:
         return {"disk of runs": Path("runs")}
-    cache = config.data.cache_dir or config.output_dir / "cache"
-    return {"disk of runs": config.output_dir, **({"disk of the cache": cache} if config.data.cache_dir else {})}
+    cache = config.data.cache_dir
+    return {"disk of runs": config.output_dir, **({} if cache is None else {"disk of the cache": cache})}
