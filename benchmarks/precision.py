@@ -103,7 +103,7 @@ def main() -> None:
     options.add_argument("--size", help="height x width x frames, such as 256x256x1")
     options.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     options.add_argument("--compile", action="store_true", help="compile the blocks, but those of the reference")
-    options.add_argument("--attention", default="sdpa", choices=["sdpa", "cudnn"], help="kernels, but those of the reference")
+    options.add_argument("--attention", default="sdpa", choices=["sdpa", "fa4", "cudnn"], help="kernels, but those of the reference")
     given = options.parse_args()
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -17,6 +17,7 @@ from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.metrics import TextSink
 from diffpipe.models import MODELS, make_model
+from diffpipe.pipeline.attention import lacks_fa4
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.quantize import has_products
@@ -131,14 +132,30 @@ def gradients():
     out = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
     return torch.autograd.grad(out, inputs, torch.ones_like(out))
 
-attention = Attention("cudnn")
+device = torch.device("cuda")
+attention = Attention("cudnn", device)
 finite = all(g.isfinite().all() for g in torch.compile(gradients, backend="eager")())
 print("cuDNN's are finite here:", finite)
 assert attention.retreat() and not attention.retreat()
 assert all(g.isfinite().all() for g in gradients())
-assert not Attention("sdpa").retreat()
+assert not Attention("sdpa", device).retreat()
 """
     world(1, "-c", program)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_flash_attention_4_trains_as_torchs_own_kernels(toys: Callable[[str], Path], family: str) -> None:
+    if lacks_fa4(torch.device("cuda")) is not None:
+        pytest.skip("FlashAttention-4 is not installed, or not for this card")
+
+    def run(attention: str) -> Any:
+        config = config_with(family, toys(family), {"rank": 4}, {})
+        return steps_of(config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16", "attention": attention})}))
+
+    for (loss, gradients, evaluated), (want, wanted, held) in zip(run("fa4"), run("sdpa"), strict=True):
+        assert (loss, evaluated) == pytest.approx((want, held), rel=1e-2)
+        for name, gradient in gradients.items():
+            assert (gradient - wanted[name]).norm() <= 0.1 * wanted[name].norm(), name
 
 
 def test_a_step_that_does_not_fit_ends_with_what_would_make_it_fit(tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def _listed() -> list[str]:
 def _card(number: int, config: Config | None) -> Iterator[Finding]:
     import torch
 
+    from diffpipe.pipeline.attention import lacks_fa4
+
     name, card = f"GPU {number}", torch.cuda.get_device_properties(number)
     capability = (card.major, card.minor)
     built = torch.cuda.get_arch_list()
@@ -102,6 +104,8 @@ def _card(number: int, config: Config | None) -> Iterator[Finding]:
             f"model.attention is cudnn: cuDNN {torch.backends.cudnn.version()} gave wrong gradients in uncompiled blocks of Flux on Hopper",
             "set model.attention: sdpa, or memory.compile: true",
         )
+    if config is not None and config.model.attention == "fa4" and (why := lacks_fa4(torch.device("cuda", number))) is not None:
+        yield Finding(name, "fault", f"model.attention is fa4, {why[0]}", why[1])
 
 
 def runs(arch: str, capability: tuple[int, int]) -> bool:

@@ -1,27 +1,48 @@
-"""Which of torch's attention kernels a run takes."""
+"""Which attention kernels a run takes."""
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import torch
+from packaging.version import Version
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
+
+from diffpipe.errors import ConfigError
+
+# Versions of FlashAttention-4 whose functions torch 2.11 to 2.13 call as they are; later ones give more results.
+FA4 = (Version("4.0.0b4"), Version("4.0.0b18"))
+HOPPER, BLACKWELL = 9, 10  # compute capabilities that torch gives to FlashAttention-4
 
 
 class Attention:
-    """Takes cuDNN's kernels where they are asked for, as long as their gradients are finite, or steps cannot be repeated.
+    """Takes the attention kernels that were asked for.
 
-    torch prefers them on Hopper and later cards, where they are the fastest, but at some lengths, layouts and masks their backward
-    pass has given NaN from finite inputs (pytorch/pytorch#196678; torch 2.11 to 2.13), and values that are wrong (benchmarks/RESULTS.md).
+    torch prefers cuDNN's on Hopper and later cards, but at some lengths, layouts and masks their backward pass has given NaN from
+    finite inputs (pytorch/pytorch#196678; torch 2.11 to 2.13), and values that are wrong (benchmarks/RESULTS.md): they are taken as
+    long as their gradients are finite, or steps cannot be repeated.
 
     Args:
-        kind: as ``model.attention``: "sdpa" is all kernels but cuDNN's.
+        kind: as ``model.attention``.
         repeats: whether a step can be repeated: not where weights move in its backward pass.
 
     Attributes:
         retreated: whether cuDNN's kernels were given up.
+
+    Raises:
+        ConfigError: when the kernels cannot be had.
     """
 
-    def __init__(self, kind: str, repeats: bool = True) -> None:
+    def __init__(self, kind: str, device: torch.device, repeats: bool = True) -> None:
         self.cudnn, self.repeats, self.retreated = kind == "cudnn", repeats, False
         torch.backends.cuda.enable_cudnn_sdp(self.cudnn)
+        if kind == "fa4":
+            why = lacks_fa4(device)
+            if why is not None:
+                raise ConfigError(f"fa4, {why[0]}", where="model.attention", expected="sdpa, cudnn or fa4", fix=why[1])
+            activate_flash_attention_impl("FA4")
+        elif current_flash_attention_impl() is not None:
+            restore_flash_attention_impl()
 
     def retreat(self) -> bool:
         """Take cuDNN's kernels no more; whether they may have been in use, and a step without them is worth a try."""
@@ -31,3 +52,17 @@ class Attention:
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.compiler.reset()  # which kernel runs is part of what was compiled
         return torch.cuda.is_available()
+
+
+def lacks_fa4(device: torch.device) -> tuple[str, str] | None:
+    """Why a device cannot have FlashAttention-4, and what to do; None where it can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in (HOPPER, BLACKWELL):
+        return "which runs on cards of compute capability 9 and 10 alone (H100, H200, B200)", "set model.attention: sdpa"
+    install = "pip install 'diffpipe[fa4]'"
+    try:
+        found = Version(metadata.version("flash-attn-4"))
+    except metadata.PackageNotFoundError:
+        return "whose package is missing", install
+    if not FA4[0] <= found <= FA4[1]:
+        return f"of whose package {found} is installed, where torch calls {FA4[0]} to {FA4[1]}", install
+    return None

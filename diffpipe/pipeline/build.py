@@ -50,7 +50,7 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
-    attention = Attention(config.model.attention, repeats=not any(mesh.exchange(config.steps_in_backward)))
+    attention = Attention(config.model.attention, mesh.device, repeats=not any(mesh.exchange(config.steps_in_backward)))
     return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention, shards)
 
 
