@@ -29,6 +29,7 @@ from diffpipe.export.files import write_safetensors
 from diffpipe.models.weights import open_files, realise
 from diffpipe.optim.state import by_element, restore_state, state_of
 from diffpipe.pipeline.memory.ferry import Ferry
+from diffpipe.pipeline.memory.host import HostMemory
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.shard import joined, local, piece_name, shard_of
 
@@ -70,7 +71,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, mesh: Mesh, config: CheckpointConfig, pinned: bool) -> None:
         self.folder, self.mesh, self.config = folder, mesh, config
-        self._ferry = Ferry(mesh.device, pinned, torch.get_device_module(mesh.device))
+        self._ferry = Ferry(mesh.device, HostMemory(pinned), torch.get_device_module(mesh.device))
         self._hosts: dict[str, Tensor] = {}  # where tensors are copied, from one checkpoint to the next
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: _Writing | None = None

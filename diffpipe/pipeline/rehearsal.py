@@ -24,6 +24,7 @@ from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.compiled import Compiled
 from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
+from diffpipe.pipeline.memory.host import HostMemory
 from diffpipe.pipeline.memory.layer import chosen, order_of
 from diffpipe.pipeline.memory.ledger import rounded
 from diffpipe.pipeline.memory.quantize import quantize
@@ -220,7 +221,7 @@ class Rehearsal:
         if not numbers:
             return Residency(resident, self.trained, state, homes=moving, stepped=moving, states=moving)
         with self.fakes.mode:
-            homes = streamed([duplicate(unit) for unit in self.units], numbers, False)
+            homes = streamed([duplicate(unit) for unit in self.units], numbers, HostMemory(pinned=False))
             stream = Stream(homes, CPU, None if memory.room is None else int(memory.room * (1 << 20)))
         visits = [e.unit for e in [*timeline.ahead, *timeline.back] if isinstance(e, Visit) and e.unit in homes]
         first = make_plan(visits, stream.sizes, stream.arena.numel(), {})

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpipe.pipeline.memory.host import HostMemory
+
 
 class Ferry:
     """Copies to the device on one stream and from it on another.
@@ -17,12 +19,12 @@ class Ferry:
 
     Args:
         device: CUDA, or the CPU, where the same copies are made at once.
-        pinned: page-lock the host memory.
+        memory: where what leaves the device goes.
         streams: torch's module of the device's streams and events.
     """
 
-    def __init__(self, device: torch.device, pinned: bool, streams: Any) -> None:
-        self.device, self.pinned, self.streams = device, pinned, streams
+    def __init__(self, device: torch.device, memory: HostMemory, streams: Any) -> None:
+        self.device, self.memory, self.streams = device, memory, streams
         self.into, self.out = streams.Stream(device), streams.Stream(device)
         self.leaving: tuple[Any, list[Tensor]] = (streams.Event(), [])
 
@@ -48,7 +50,7 @@ class Ferry:
 
     def host_like(self, tensor: Tensor) -> Tensor:
         """Host memory for a tensor."""
-        return torch.empty_like(tensor, device="cpu", pin_memory=self.pinned)
+        return self.memory.like(tensor)
 
     def settle(self) -> None:
         """Wait until all that was sent has arrived."""

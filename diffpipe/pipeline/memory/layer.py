@@ -14,6 +14,7 @@ from diffpipe.config.schema import MemoryConfig, OptimizerConfig
 from diffpipe.errors import ConfigError
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.ferry import Ferry
+from diffpipe.pipeline.memory.host import HostMemory
 from diffpipe.pipeline.memory.offload import Offload
 from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.release import Release
@@ -41,6 +42,7 @@ class MemoryLayer:
         self.config, self.units, self.device, self.stepping = config, units, device, stepping
         self.streams = streams or torch.get_device_module(device)
         self.pinned = config.pin and device.type == "cuda"
+        self.weights, self.activations = HostMemory(self.pinned), HostMemory(device.type == "cuda")
         self.homes: dict[int, Home] = {}
         self.stream: Stream | None = None
         self.turns = Turns()
@@ -50,9 +52,10 @@ class MemoryLayer:
     def _choose(self) -> None:
         config = self.config
         numbers = chosen(len(self.units), config.swap)
-        self.homes |= streamed(self.units, [n for n in numbers if n not in self.homes], self.pinned)
+        self.homes |= streamed(self.units, [n for n in numbers if n not in self.homes], self.weights)
         self.homes = {n: self.homes[n] for n in numbers}
-        self.offload = Offload(self.device, int(config.offload_threshold * (1 << 20)), self.streams) if config.offload else None
+        threshold = int(config.offload_threshold * (1 << 20))
+        self.offload = Offload(self.device, threshold, self.activations, self.streams) if config.offload else None
 
     @property
     def order(self) -> str:
@@ -101,7 +104,7 @@ class MemoryLayer:
         streaming = {number for number, home in self.homes.items() if home.trained}
         early = units.keys() if self.stepping.release else streaming
         away = units.keys() if self.stepping.offload else streaming
-        ferry = Ferry(self.device, self.pinned, self.streams)
+        ferry = Ferry(self.device, self.weights, self.streams)
         self.turns.release = Release(optimizer, average, ferry, units, early, away)
         return self.turns.release
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.memory.ferry import end_of
+from diffpipe.pipeline.memory.host import HostMemory
 from diffpipe.pipeline.memory.saved import Packer
 
 PAGE = 1 << 20  # bytes: host buffers are multiples of it, so that later activations fit into earlier ones' buffers
@@ -49,14 +50,15 @@ class Offload:
     Args:
         device: CUDA, or the CPU, where the same is done without streams.
         threshold: bytes of memory from which what holds it is moved.
+        memory: where activations go.
         streams: torch's module of the device's streams and events.
 
     Attributes:
         clock: time in which the computation waited for copies.
     """
 
-    def __init__(self, device: torch.device, threshold: int, streams: Any = None) -> None:
-        self.device, self.threshold = device, threshold
+    def __init__(self, device: torch.device, threshold: int, memory: HostMemory, streams: Any = None) -> None:
+        self.device, self.threshold, self.memory = device, threshold, memory
         self.streams = streams or torch.get_device_module(device)
         self.out, self.back = self.streams.Stream(device), self.streams.Stream(device)
         self.pool: dict[int, list[tuple[Tensor, Any]]] = {}
@@ -146,7 +148,7 @@ class Offload:
         if free:
             return free.pop()
         self.held += size
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda"), None
+        return self.memory.take(size), None
 
     def _give_back(self, host: Tensor) -> None:
         """A buffer's activation is gone: it may be written once what was queued to read it has done so."""

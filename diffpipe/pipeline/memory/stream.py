@@ -15,10 +15,9 @@ from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
 from diffpipe.pipeline.memory.ferry import end_of
+from diffpipe.pipeline.memory.host import ALIGNED, HostMemory
 from diffpipe.pipeline.memory.saved import Packer
 from diffpipe.pipeline.memory.staging import Staging
-
-ALIGNED = 256  # bytes: each weight begins where any kernel may read it fastest
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,13 @@ class Home:
 
     Args:
         unit: the module; its parameters become views of the buffer. Those on meta are read into it later.
-        pinned: page-lock the buffer, so that a device copies from it while it computes.
+        memory: where the buffer is taken from.
 
     Attributes:
         trained: the parameters among them that train.
     """
 
-    def __init__(self, unit: nn.Module, pinned: bool) -> None:
+    def __init__(self, unit: nn.Module, memory: HostMemory) -> None:
         self.slices: list[Slice] = []
         begin = 0
         for path, owner in unit.named_modules():
@@ -57,7 +56,7 @@ class Home:
                     begin = -(-begin // ALIGNED) * ALIGNED
                     self.slices.append(Slice(owner, leaf, begin, p.shape, p.dtype))
                     begin += p.numel() * p.dtype.itemsize
-        self.flat = torch.empty(begin, dtype=torch.uint8, pin_memory=pinned)
+        self.flat = memory.take(begin)
         for s in self.slices:
             parameter, view = s.owner._parameters[s.leaf], s.of(self.flat)
             assert parameter is not None
@@ -335,6 +334,6 @@ def watch(forward: Callable[..., Any], enter: Callable[[bool], None]) -> Callabl
     return watched
 
 
-def streamed(units: Sequence[nn.Module], chosen: Sequence[int], pinned: bool) -> dict[int, Home]:
+def streamed(units: Sequence[nn.Module], chosen: Sequence[int], memory: HostMemory) -> dict[int, Home]:
     """Homes for the chosen units, by number."""
-    return {n: Home(units[n], pinned) for n in chosen}
+    return {n: Home(units[n], memory) for n in chosen}
