@@ -104,8 +104,8 @@ def export(
     formats: Annotated[list[str], typer.Option("--to", "--format", metavar="FORMAT", help="diffusers, comfyui, kohya; repeatable.")] = [  # noqa: B006
         "diffusers"
     ],
-    step: Annotated[
-        int | None, typer.Option("--checkpoint", metavar="STEP", help="RUN: step of the checkpoint.", show_default="the newest")
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="STEP|best", help="RUN: step of the checkpoint, or best.", show_default="the newest")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N, or FILE's")
@@ -119,7 +119,7 @@ def export(
     """Take trained weights out of a run's checkpoint, or give an adapter file other names."""
     from diffpipe.cli.export import export_command
 
-    run_command(lambda: export_command(source, formats, step, output, form, family, base))
+    run_command(lambda: export_command(source, formats, checkpoint, output, form, family, base))
 
 
 @app.command()

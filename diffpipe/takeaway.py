@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
-from diffpipe.checkpoint import list_checkpoints, read_weights
+from diffpipe.checkpoint import best_checkpoint, list_checkpoints, read_weights
 from diffpipe.config.load import validate
 from diffpipe.config.schema import ExportFormat, ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, ConfigError
@@ -20,13 +20,13 @@ from diffpipe.models.weights import lazily, read_metadata
 from diffpipe.run import CONFIG
 
 
-def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, output: Path | None = None) -> list[Path]:
+def export_run(run: Path, *, formats: Sequence[str], step: int | Literal["best"] | None = None, output: Path | None = None) -> list[Path]:
     """Write the weights that a run had at a checkpoint.
 
     Args:
         run: its folder.
         formats: of ``ExportFormat``.
-        step: which checkpoint; None takes the newest.
+        step: which checkpoint; "best" takes the one with the lowest held-out loss, None the newest.
         output: the folder to write to; None is ``exports/step-N`` in the run.
 
     Raises:
@@ -36,6 +36,8 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
     config = validate(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")), str(run / CONFIG))
+    if step == "best":
+        step = _best(run)
     checkpoints = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run / "checkpoints")}
     if not checkpoints or (step is not None and step not in checkpoints):
         raise CheckpointError(
@@ -48,6 +50,18 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
     return export_tensors(
         config, make_model(config.model, config.objective), weights, output or run / "exports" / f"step-{chosen:08d}", formats
     )
+
+
+def _best(run: Path) -> int:
+    found = best_checkpoint(run / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            "no checkpoint has a held-out loss",
+            where=str(run),
+            expected="one that was written behind an evaluation, as with checkpoint.keep_best",
+            fix="name a step with --checkpoint",
+        )
+    return found[1].step
 
 
 def export_file(
