@@ -19,7 +19,7 @@ from diffpipe.starter import Answers, keys_of, start, usual_frames, usual_resolu
 from tests.conftest import ROOT, Command
 from tests.drawn import draw_image
 
-ALL = "--data", "media", "--card", "24", "--train", "lora", "--resolution", "64", "--frames", "1,9"
+ALL = "--data", "media", "--card", "24", "--gpus", "1", "--train", "lora", "--resolution", "64", "--frames", "1,9"
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -28,9 +28,10 @@ def test_every_family_gets_keys_that_it_has_a_use_for(family: str, full: bool) -
     kind = model_class(family)
     controls = "before" if kind.takes_controls else None
     answers = Answers(family, None, "media", controls, 24, full, usual_resolution(kind), usual_frames(kind))
-    config = validate(keys_of(answers), "the answers")
+    config = validate(keys_of(answers, {}), "the answers")
     make_model(config.model, config.objective)
     check_optimizer(config.optimizer, apart=full)
+    check_optimizer(validate(keys_of(answers, {"shard": 2}), "the answers").optimizer, sharded=full)
     assert (config.adapter is None) == full and config.data.frames == ([1, 33] if kind.geometry.fps else [1])
 
 
@@ -49,7 +50,7 @@ def test_what_it_writes_passes_plan(command: Command, tmp_path: Path, monkeypatc
 def test_questions_are_asked_in_turn_and_again_after_an_answer_that_does_not_do(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     draw_image(tmp_path / "pictures of mine" / "a.png", (64, 64), "a picture", seed=1)
-    answers = ["fluxx", "flux", "toy:flux", "pictures of mine", "much", "16", "both", "full", "0", "64"]
+    answers = ["fluxx", "flux", "toy:flux", "pictures of mine", "much", "16", "1", "both", "full", "0", "64"]
     done = CliRunner().invoke(app, ["init"], input="\n".join(answers) + "\n")
     assert done.exit_code == 0, done.output
     assert "there is no family 'fluxx'" in done.output and "expected: lora or full" in done.output
