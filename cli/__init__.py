@@ -29,6 +29,7 @@ def init(
     data: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of media.", show_default="asked for")] = None,
     controls: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of control pictures.", show_default="asked for")] = None,
     card: Annotated[float | None, typer.Option(metavar="GB", help="Memory of the card.", show_default="asked for")] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="Cards of that size.", show_default="asked for")] = None,
     what: Annotated[str | None, typer.Option("--train", metavar="WHAT", help="lora or full.", show_default="asked for")] = None,
     resolution: Annotated[int | None, typer.Option(metavar="N", min=1, help="Side in pixels.", show_default="asked for")] = None,
     frames: Annotated[str | None, typer.Option(metavar="N,N", help="Frame counts of clips.", show_default="asked for")] = None,
@@ -37,7 +38,7 @@ def init(
     """Ask a few questions and write a config that fits the card; every question may be answered by an option."""
     from diffpipe.cli.init import init_command
 
-    given = {"family": family, "model": model, "data": data, "controls": controls, "card": card, "train": what}
+    given = {"family": family, "model": model, "data": data, "controls": controls, "card": card, "gpus": gpus, "train": what}
     run_command(lambda: init_command(output, {**given, "resolution": resolution, "frames": frames}, yes))
 
 
@@ -104,8 +105,8 @@ def export(
     formats: Annotated[list[str], typer.Option("--to", "--format", metavar="FORMAT", help="diffusers, comfyui, kohya; repeatable.")] = [  # noqa: B006
         "diffusers"
     ],
-    step: Annotated[
-        int | None, typer.Option("--checkpoint", metavar="STEP", help="RUN: step of the checkpoint.", show_default="the newest")
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="STEP|best", help="RUN: step of the checkpoint, or best.", show_default="the newest")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write to.", show_default="RUN/exports/step-N, or FILE's")
@@ -119,7 +120,7 @@ def export(
     """Take trained weights out of a run's checkpoint, or give an adapter file other names."""
     from diffpipe.cli.export import export_command
 
-    run_command(lambda: export_command(source, formats, step, output, form, family, base))
+    run_command(lambda: export_command(source, formats, checkpoint, output, form, family, base))
 
 
 @app.command()

@@ -127,6 +127,11 @@ class Dashboard(Sink):
         with self.lock:
             self.view.evaluations.setdefault(record.name, []).append(record)
 
+    def best(self, step: int, loss: float) -> None:
+        assert self.view is not None
+        with self.lock:
+            self.view.best = step, loss
+
     def written(self, kind: str, path: Path) -> None:
         if self.view is not None:
             with self.lock:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 
 def export_command(
-    source: Path, formats: list[str], step: int | None, output: Path | None, form: str | None, family: str | None, base: str | None
+    source: Path, formats: list[str], checkpoint: str | None, output: Path | None, form: str | None, family: str | None, base: str | None
 ) -> None:
     from diffpipe.cli.quiet import quiet_libraries
 
@@ -15,12 +16,22 @@ def export_command(
     from diffpipe.takeaway import export_file, export_run
 
     if source.is_file():
-        if step is not None:
+        if checkpoint is not None:
             raise ConfigError("a file has no checkpoints", where="--checkpoint", fix="leave it out, or name a run folder")
         written = export_file(source, formats=formats, source=form, family=family, base=base, output=output)
     else:
         if form or family or base:
             raise ConfigError("a run knows its own", where="--from, --family, --base", fix="leave them out, or name an adapter file")
-        written = export_run(source, formats=formats, step=step, output=output)
+        written = export_run(source, formats=formats, step=_step(checkpoint), output=output)
     for path in written:
         print(path)
+
+
+def _step(checkpoint: str | None) -> int | Literal["best"] | None:
+    from diffpipe.errors import ConfigError
+
+    if checkpoint is None or checkpoint == "best":
+        return checkpoint
+    if not checkpoint.isdecimal():
+        raise ConfigError(repr(checkpoint), where="--checkpoint", expected="the step of a checkpoint, such as 500, or best")
+    return int(checkpoint)

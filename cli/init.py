@@ -20,16 +20,17 @@ def init_command(output: Path, given: Mapping[str, Any], usual: bool) -> None:
     if output.exists():
         raise ConfigError("is there already", where=str(output), fix="name another file, or delete it")
     from diffpipe.checkpoint import write_durably
-    from diffpipe.starter import start
+    from diffpipe.starter import launcher, start
 
     answers = ask(Questions(given, usual))
-    print(f"planning {answers.family} for {answers.gigabytes:g} GB ...", flush=True)
+    cards = f"{answers.gpus} x " if answers.gpus > 1 else ""
+    print(f"planning {answers.family} for {cards}{answers.gigabytes:g} GB ...", flush=True)
     made = start(answers)
     with told_of_disk("cannot be written", where=str(output), fix="name another file", kind=ConfigError):
         write_durably(output, made.text.encode())
     for line in (*made.plan.lines, *(reason for stage in made.plan.stages for reason in stage.reasons)):
         print(f"  {line}")
-    print(f"{output} is written; look at the data with `diffpipe inspect {output}`, then `diffpipe train {output}`")
+    print(f"{output} is written; look at the data with `diffpipe inspect {output}`, then `{launcher(answers.gpus)} train {output}`")
     if answers.model is None:
         print(f"it names no model yet: write its folder into {output} as model.path before you train")
 
@@ -78,6 +79,7 @@ def ask(questions: Questions):
         data=questions.ask("data", f"Folder of {'videos and ' if videos else ''}pictures", "data", str),
         controls=questions.ask("controls", "Folder of control pictures", "controls", str) if family.takes_controls else None,
         gigabytes=questions.ask("card", "Memory of the card in GB", _here(), _number("card", float)),
+        gpus=questions.ask("gpus", "How many such cards", _cards(), _number("gpus", int)),
         full=questions.ask("train", "Train a LoRA or all weights (lora, full)", "lora", _full),
         resolution=questions.ask("resolution", "Side of a square picture in pixels", usual_resolution(family), _number("resolution", int)),
         frames=questions.ask("frames", "Frame counts of clips", ",".join(map(str, usual_frames(family))), _frames) if videos else (1,),
@@ -109,6 +111,13 @@ def _number(name: str, kind: Callable[[Any], T]) -> Callable[[Any], T]:
 
 def _frames(given: str) -> tuple[int, ...]:
     return tuple(_number("frames", int)(part) for part in str(given).split(","))
+
+
+def _cards() -> int:
+    """How many cards there are; 1 where there is none."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def _here() -> float:

@@ -29,6 +29,7 @@ class View:
         keys: what can be pressed.
         losses: of the whole run; the last ones apart.
         by_time: (t, loss) of the last samples.
+        best: the step with the lowest held-out loss, and that loss, where its checkpoint is kept.
         doing: what takes time now, and since when.
         asked: what a person asked for and has not got yet.
         hint: the answer to the last key, where it asked for nothing yet.
@@ -44,6 +45,7 @@ class View:
     buckets: dict[str, float] = field(default_factory=dict)
     by_time: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=2000))
     evaluations: dict[str, list[EvalRecord]] = field(default_factory=dict)
+    best: tuple[int, float] | None = None
     doing: tuple[str, float] = ("", 0.0)
     asked: list[str] = field(default_factory=list)
     hint: str = ""
@@ -187,6 +189,9 @@ class Painter:
             losses = [r.loss for r in records]
             line = told((f"eval {name}", f"{losses[-1]:.4f}"), ("at step", str(records[-1].step)), ("at first", f"{losses[0]:.4f}"))
             lines.append(line.append(chart(losses, 20, ascii_only=self.plain)[0] if len(losses) > 1 else "", "cyan"))
+        if self.view.best is not None:
+            step, loss = self.view.best
+            lines.append(told(("best checkpoint", f"{loss:.4f}"), ("at step", str(step))))
         return lines
 
     def curve(self, height: int) -> list[Text]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Mapping
@@ -49,6 +50,20 @@ class Saved:
 
     path: Path
     stalled: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out loss behind a step.
+
+    Attributes:
+        loss: the mean of all sets.
+        measure: not the same where losses cannot be compared, since they are of other samples, noise or times.
+    """
+
+    step: int
+    loss: float
+    measure: str
 
 
 @dataclass
@@ -160,7 +175,10 @@ class Checkpoints:
             _sync(aside)
             os.replace(aside, final)
             _sync(self.folder)
+            best = best_checkpoint(self.folder) if self.config.keep_best else None
             for old in list_checkpoints(self.folder)[: -self.config.keep]:
+                if best is not None and old == best[0]:
+                    continue
                 (old / STATE).unlink()  # first, so that no kill leaves half of one that looks whole
                 shutil.rmtree(old)
         return final
@@ -221,6 +239,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p.parent for p in folder.glob(f"step-*/{STATE}"))
 
 
+def best_checkpoint(folder: Path, measure: str | None = None) -> tuple[Path, HeldOut] | None:
+    """The complete checkpoint with the lowest held-out loss, of equal ones the oldest; None where none has one.
+
+    Args:
+        measure: of the losses that are compared; None takes that of the newest.
+    """
+    found = [(path, held_out) for path in list_checkpoints(folder) if (held_out := _held_out(path)) is not None]
+    measure = measure or next((h.measure for _, h in reversed(found)), None)
+    return min((f for f in found if f[1].measure == measure), key=lambda f: f[1].loss, default=None)
+
+
 def damage(path: Path, mesh: Mesh | None = None) -> str:
     """What shows that a checkpoint's files are not those that were written; nothing where they are.
 
@@ -253,6 +282,12 @@ def write_durably(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+
+
+def _held_out(path: Path) -> HeldOut | None:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # of one that is damaged, or that no evaluation came before
+        held_out = HeldOut(**read_state(path)["held_out"])
+        return held_out if math.isfinite(held_out.loss) else None
 
 
 def _held(module: nn.Module, optimizer: Optimizer, mesh: Mesh) -> dict[str, Tensor]:

@@ -233,6 +233,9 @@ class Sink(Protocol):
     def evaluation(self, record: EvalRecord) -> None:
         """A held-out set was evaluated."""
 
+    def best(self, step: int, loss: float) -> None:
+        """The held-out loss behind a step is the lowest so far; its checkpoint is kept."""
+
     def written(self, kind: str, path: Path) -> None:
         """A checkpoint or an export is there."""
 
@@ -267,6 +270,9 @@ class Sinks(Sink):
 
     def evaluation(self, record: EvalRecord) -> None:
         self._each(lambda sink: sink.evaluation(record))
+
+    def best(self, step: int, loss: float) -> None:
+        self._each(lambda sink: sink.best(step, loss))
 
     def written(self, kind: str, path: Path) -> None:
         self._each(lambda sink: sink.written(kind, path))
@@ -328,6 +334,9 @@ class TextSink(Sink):
     def evaluation(self, record: EvalRecord) -> None:
         parts = ", ".join(f"q{q:g} {loss:.4f}" for q, loss in record.by_quantile.items())
         self.write(f"step {record.step} eval/{record.name}/loss {record.loss:.5f} ({parts})")
+
+    def best(self, step: int, loss: float) -> None:
+        self.write(f"step {step} is the best so far: held-out loss {loss:.5f}")
 
     def written(self, kind: str, path: Path) -> None:
         self.write(f"{kind} {path}")

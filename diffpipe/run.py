@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
-from diffpipe.checkpoint import damage, list_checkpoints, read_state, set_aside, write_durably
+from diffpipe.checkpoint import best_checkpoint, damage, list_checkpoints, read_state, set_aside, write_durably
 from diffpipe.config.load import differences
 from diffpipe.config.schema import Config
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
@@ -149,6 +149,40 @@ def find_run(output_dir: Path, name: str) -> Path:
     if not runs:
         raise ConfigError(f"no run in {output_dir} has a checkpoint", where="--resume", fix="train without --resume, or name the run")
     return runs[-1]
+
+
+def checkpoint_of(run: Path, step: int | Literal["best"] | None) -> Path:
+    """A run's checkpoint.
+
+    Args:
+        step: that it was written behind; "best" takes the one with the lowest held-out loss, None the newest.
+
+    Raises:
+        ConfigError: when the folder is no run's.
+        CheckpointError: when there is no such checkpoint.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
+    if step == "best":
+        return _best(run)
+    found = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run / "checkpoints")}
+    if not found or (step is not None and step not in found):
+        raise CheckpointError(
+            f"no checkpoint of step {step}" if found else "no complete checkpoint", where=str(run), expected=f"one of {sorted(found)}"
+        )
+    return found[max(found) if step is None else step]
+
+
+def _best(run: Path) -> Path:
+    found = best_checkpoint(run / "checkpoints")
+    if found is None:
+        raise CheckpointError(
+            "no checkpoint has a held-out loss",
+            where=str(run),
+            expected="one that was written behind an evaluation, as with checkpoint.keep_best",
+            fix="name a step with --checkpoint",
+        )
+    return found[0]
 
 
 def _runs(output_dir: Path) -> list[Path]:

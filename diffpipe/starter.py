@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ class Answers:
         full: whether all weights train.
         resolution: side of a square, in pixels.
         frames: counts of clips; 1 is for pictures.
+        gpus: cards of that size, one process each.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Answers:
     full: bool
     resolution: int
     frames: tuple[int, ...] = (1,)
+    gpus: int = 1
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Start:
 
     text: str
     plan: Plan
+
+
+def launcher(gpus: int) -> str:
+    """The command that starts diffpipe on so many cards of one machine."""
+    return "diffpipe" if gpus == 1 else f"torchrun --nproc_per_node={gpus} -m diffpipe"
 
 
 def usual_resolution(family: type[DiffusionModel]) -> int:
@@ -78,8 +85,7 @@ def start(answers: Answers) -> Start:
         raise ConfigError(f"{answers.gigabytes:g} GB", where="--card", expected="the card's memory in GB, such as 24")
     card = min(CARDS, key=lambda c: abs(c.memory / GIB - answers.gigabytes * USED))
     fault: DiffpipeError | None = None
-    for memory in _ways(answers.full):
-        raw = keys_of(answers) | {"memory": {"budget": f"{least}GiB", **memory, "compile": False}}
+    for raw in candidates(answers):
         try:
             plan = make_plan(validate(raw, "the answers"), card.name)
         except DiffpipeError as found:
@@ -87,31 +93,57 @@ def start(answers: Answers) -> Start:
                 raise
             fault = found
             continue
-        return Start(commented_yaml(raw, _head(answers)), plan)
+        return Start(written(answers, raw), plan)
     assert fault is not None
     raise fault
 
 
-def _ways(full: bool) -> Iterator[dict[str, Any]]:
-    """Memory sections to try, the plainest first.
+def candidates(answers: Answers) -> Iterator[dict[str, Any]]:
+    """Whole configs to try, the plainest first."""
+    for mesh, memory in _ways(answers.gpus, answers.full):
+        budget = f"{int(answers.gigabytes * USED)}GiB"
+        yield keys_of(answers, mesh) | {"memory": {"budget": budget, **memory, "compile": False}}
 
-    Weights that do not train are kept as they are, else in fewer bits. Activations are moved to host memory only where what goes into
-    blocks is all that is kept, since all of a large model would be more than most hosts have.
+
+def written(answers: Answers, raw: Mapping[str, Any]) -> str:
+    """A config as the text of its file, with what each key means."""
+    return commented_yaml(raw, _head(answers))
+
+
+def _ways(gpus: int, full: bool) -> Iterator[tuple[dict[str, int], dict[str, Any]]]:
+    """Mesh and memory sections to try, the plainest first.
+
+    On several cards an adapter's frozen weights stay on them: each has all, else a part in as few stages as will do; weights that train
+    are sharded. Only where that does not fit, as on one card, weights stream.
     """
+    alone = {"offload": False}
+    if gpus > 1 and full:
+        yield from (({"shard": gpus}, memory) for memory in (alone, {"recompute": "block"}))
+    elif gpus > 1:
+        yield from ((_staged(n, gpus), {"swap": 0, **alone}) for n in range(1, gpus + 1) if gpus % n == 0)
+    # Weights that do not train are kept as they are, else in fewer bits. Activations are moved to host memory only where what goes into
+    # blocks is all that is kept, since all of a large model would be more than most hosts have.
     for quantize in ("none",) if full else ("none", "fp8", "nf4"):
-        for more in ({"offload": False}, {"recompute": "block"}):
-            yield {**({} if quantize == "none" else {"quantize": quantize}), **more}
+        for more in (alone, {"recompute": "block"}):
+            yield _staged(gpus, gpus), {**({} if quantize == "none" else {"quantize": quantize}), **more}
 
 
-def keys_of(answers: Answers) -> dict[str, Any]:
-    """The config's keys but those of memory, in the schema's order."""
+def _staged(stages: int, gpus: int) -> dict[str, int]:
+    """The mesh section of so many stages on all cards, without what is 1."""
+    return {axis: count for axis, count in (("stages", stages), ("replicate", gpus // stages)) if count > 1}
+
+
+def keys_of(answers: Answers, mesh: Mapping[str, int]) -> dict[str, Any]:
+    """The config's keys but those of memory, in the schema's order; microbatches fill the pipeline."""
     family = model_class(answers.family)
     flow = family.process == "rectified flow"
+    stages = mesh.get("stages", 1)
     folder = {"path": answers.data, **({"controls": answers.controls} if answers.controls else {})}
     return {
         "output_dir": "runs",
         "run": {"steps": 2000},
-        "batch": {"micro": 1, "accumulate": 1},
+        **({"mesh": dict(mesh)} if mesh else {}),
+        "batch": {"micro": 1, "accumulate": 2 * stages if stages > 1 else 1},
         "model": {
             "family": answers.family,
             "path": answers.model,
@@ -119,7 +151,7 @@ def keys_of(answers: Answers) -> dict[str, Any]:
         },
         **({"objective": {"shift": 3.0 if family.geometry.fps else "resolution"}} if flow else {}),
         **({} if answers.full else {"adapter": {"rank": 16}}),
-        "optimizer": {"kind": "adamw8bit-kahan", "lr": 1e-5, "clip": None} if answers.full else {"kind": "adamw", "lr": 1e-4},
+        "optimizer": _optimizer(answers.full, "shard" in mesh),
         "schedule": {"warmup": 50},
         "data": {
             "resolutions": [answers.resolution],
@@ -131,9 +163,19 @@ def keys_of(answers: Answers) -> dict[str, Any]:
     }
 
 
+def _optimizer(full: bool, sharded: bool) -> dict[str, Any]:
+    """Weights that train are bfloat16, in which small steps must not be lost; 8-bit state is scaled by more than a shard may hold."""
+    if not full:
+        return {"kind": "adamw", "lr": 1e-4}
+    small = {"kind": "adamw", "rounding": "stochastic"} if sharded else {"kind": "adamw8bit-kahan"}
+    return {**small, "lr": 1e-5, "clip": None}
+
+
 def _head(answers: Answers) -> list[str]:
     what = f"{'All weights' if answers.full else 'A LoRA'} of {model_class(answers.family).title}"
+    cards = "a card" if answers.gpus == 1 else f"{answers.gpus} cards"
     return [
-        f"{what} on a card of {answers.gigabytes:g} GB. Every other key is in configs/reference.yaml.",
+        f"{what} on {cards} of {answers.gigabytes:g} GB. Every other key is in configs/reference.yaml.",
+        f"Start it with: {launcher(answers.gpus)} train THIS_FILE",
         "Put a caption beside each file, in a .txt file of the same name.",
     ]

@@ -16,6 +16,7 @@ from diffpipe.metrics import GIB, EvalRecord, RunRecord, Sink, Split, StepRecord
 
 # Sections of the config that decide what is trained, or how fast.
 HYPERPARAMETERS = ("run", "mesh", "batch", "model", "objective", "adapter", "optimizer", "schedule", "data", "memory")
+BEST = "eval/best_loss"
 HISTOGRAM_EVERY = 25  # records
 HISTOGRAM_OVER = 2000  # samples
 TENTHS = {n: f"{n / 10:.1f}-{(n + 1) / 10:.1f}" for n in range(10)}
@@ -103,6 +104,9 @@ class TensorBoardSink(Sink):
         for tag, value in eval_scalars(record).items():
             self.writer.add_scalar(tag, value, record.step)
 
+    def best(self, step: int, loss: float) -> None:
+        self.writer.add_scalar(BEST, loss, step)
+
     def close(self) -> None:
         if self.records % HISTOGRAM_EVERY:
             self._histogram()
@@ -184,6 +188,9 @@ class WandbSink(Sink):
 
     def evaluation(self, record: EvalRecord) -> None:
         self.run.log({"step": record.step, **eval_scalars(record)})
+
+    def best(self, step: int, loss: float) -> None:
+        self.run.log({"step": step, BEST: loss})
 
     def close(self) -> None:
         self.run.finish()

@@ -17,17 +17,18 @@ from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
 from diffpipe.data.feed import Feed
-from diffpipe.data.loader import Batch, eval_batches, make_loader
+from diffpipe.data.loader import Batch, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.description import describe
 from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
+from diffpipe.evaluation import Evaluation
 from diffpipe.export.run import check_formats, export_weights
 from diffpipe.forecast import Comparison, Forecast, open_forecast
 from diffpipe.guard import Guard
 from diffpipe.meter import Meter
-from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TextSink
+from diffpipe.metrics import Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
@@ -194,7 +195,7 @@ class Trainer:
         tell: Tell,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
-        self.held_out, self.forecast = held_out, forecast
+        self.forecast = forecast
         self.module: nn.Module = pipeline.stage.part.model
         self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
@@ -225,6 +226,7 @@ class Trainer:
         self.watch = Watch(mesh, config.mesh.timeout, tell)
         self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
+        self.evaluation = Evaluation(config, mesh, model, held_out, pipeline, sinks, self.watch, self._explained)
         self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
         if run.resumed is not None:
@@ -235,6 +237,7 @@ class Trainer:
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
             if note := self.feed.load_state_dict(state["data"]):
                 sinks.warn(note)
+            self.evaluation.remember(run.checkpoints)
 
     def train(self) -> None:
         """Run to the last step, or until asked to stop."""
@@ -249,8 +252,10 @@ class Trainer:
 
     def _train(self, requests: Requests) -> None:
         config = self.config
-        if not self.run.resumed:
-            self.evaluate()
+        if self.run.resumed:
+            self.evaluation.tell_best()
+        else:
+            self.evaluation.evaluate(self.step)
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
@@ -258,14 +263,14 @@ class Trainer:
                 self.sinks.step(record)
             last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
             if last or _due(self.step, config.eval.every_steps) or _due(epochs, config.eval.every_epochs):
-                self.evaluate()
+                self.evaluation.evaluate(self.step)
             asked = requests.agreed()
             self._finish_saving(wait=False)
             exports = last or Request.EXPORT in asked
             if exports or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
             # Behind the export: a run that is killed in between makes it again.
-            saves = last or bool(asked & (Request.CHECKPOINT | Request.STOP))
+            saves = last or self.evaluation.is_best(self.step) or bool(asked & (Request.CHECKPOINT | Request.STOP))
             if saves or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
             ends = bool(asked & (Request.STOP | Request.QUIT))
@@ -359,35 +364,6 @@ class Trainer:
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
 
-    def evaluate(self) -> None:
-        """The held-out loss of every set, at fixed quantiles and fixed noise."""
-        for name, samples in self.held_out.items():
-            self.sinks.doing(f"evaluating {name}")
-            sums = {quantile: [0.0, 0.0] for quantile in self.config.eval.quantiles}
-            for batch in eval_batches(
-                samples,
-                self.model,
-                quantiles=self.config.eval.quantiles,
-                micro=self.config.batch.micro,
-                seed=self.config.run.seed,
-                replica=self.mesh.replica,
-                replicas=self.mesh.replicas,
-                in_step=self.mesh.shards > 1,  # which gather weights together
-                normalize_masks=self.config.data.normalize_masks,
-            ):
-                with self._explained(f"the evaluation of bucket {batch.bucket}"):
-                    loss = self.pipeline.evaluate(batch.microbatches).item()
-                self.watch.tick()
-                quantile = batch.quantile or 0.0
-                if self.mesh.stage == self.mesh.stages - 1:
-                    sums[quantile][0] += loss * len(batch.samples)
-                    sums[quantile][1] += len(batch.samples)
-            by_quantile = {}
-            for quantile, (loss, count) in sums.items():
-                loss, count = self.mesh.sum(loss, count)
-                by_quantile[quantile] = loss / count
-            self.sinks.evaluation(EvalRecord(self.step, name, sum(by_quantile.values()) / len(by_quantile), by_quantile))
-
     def save(self) -> None:
         """Begin to write a checkpoint, and wait for it where it is not written in the background."""
         self.sinks.doing("writing a checkpoint")
@@ -398,6 +374,7 @@ class Trainer:
             "total": self.total,
             "cudnn_given_up": self.pipeline.attention.retreated,
             "skipped": [self.guard.skipped, self.guard.in_a_row],
+            "held_out": self.evaluation.behind(self.step),
             "versions": versions(),
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
 
 from diffpipe.config.load import load_config
 from diffpipe.config.reference import json_schema, reference_yaml
-from diffpipe.config.schema import Config, Section
+from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from tests.conftest import ROOT
 
@@ -76,11 +73,6 @@ def test_a_bad_override_is_a_clear_error(override: str) -> None:
         load_config(ROOT / "configs/quickstart.yaml", [override])
 
 
-@pytest.mark.parametrize("path", sorted(p for p in (ROOT / "configs").glob("*.yaml") if p.name != "reference.yaml"), ids=lambda p: p.stem)
-def test_every_config_that_is_shipped_holds(path: Path) -> None:
-    load_config(path, [])
-
-
 def test_the_reference_and_the_schema_are_those_of_the_code() -> None:
     assert (ROOT / "configs/reference.yaml").read_text(encoding="utf-8") == reference_yaml()
     assert (ROOT / "configs/schema.json").read_text(encoding="utf-8") == json_schema()
@@ -90,7 +82,7 @@ def test_the_reference_is_a_valid_config() -> None:
     Config.model_validate(yaml.safe_load(reference_yaml()))
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda f: f.name)
 def test_every_shipped_config_is_valid(file: Path) -> None:
     load_config(file)
 
@@ -115,19 +107,3 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_a_wrong_command_line_exits_with_2() -> None:
     assert subprocess.run([sys.executable, "-m", "diffpipe", "trian"], cwd=ROOT, capture_output=True).returncode == 2
-
-
-def keys_of(section: type[Section], above: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield above + name
-        for kind in (field.annotation, *get_args(field.annotation)):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                yield from keys_of(kind, f"{above}{name}.")
-
-
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_every_key_that_the_docs_name_is_in_the_schema(path: Path) -> None:
-    known = set(keys_of(Config))
-    sections = "|".join(sorted({key.split(".")[0] for key in known if "." in key}))
-    named = set(re.findall(rf"`((?:{sections})(?:\.[a-z_]+)+)\b", path.read_text(encoding="utf-8")))
-    assert named and named <= known, named - known

@@ -15,11 +15,11 @@ from diffpipe.config.reference import commented_yaml
 from diffpipe.errors import ConfigError
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.optim import check_optimizer
-from diffpipe.starter import Answers, keys_of, start, usual_frames, usual_resolution
+from diffpipe.starter import Answers, candidates, keys_of, launcher, start, usual_frames, usual_resolution
 from tests.conftest import ROOT, Command
 from tests.drawn import draw_image
 
-ALL = "--data", "media", "--card", "24", "--train", "lora", "--resolution", "64", "--frames", "1,9"
+ALL = "--data", "media", "--card", "24", "--gpus", "1", "--train", "lora", "--resolution", "64", "--frames", "1,9"
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -28,28 +28,40 @@ def test_every_family_gets_keys_that_it_has_a_use_for(family: str, full: bool) -
     kind = model_class(family)
     controls = "before" if kind.takes_controls else None
     answers = Answers(family, None, "media", controls, 24, full, usual_resolution(kind), usual_frames(kind))
-    config = validate(keys_of(answers), "the answers")
+    config = validate(keys_of(answers, {}), "the answers")
     make_model(config.model, config.objective)
     check_optimizer(config.optimizer, apart=full)
+    check_optimizer(validate(keys_of(answers, {"shard": 2}), "the answers").optimizer, sharded=full)
     assert (config.adapter is None) == full and config.data.frames == ([1, 33] if kind.geometry.fps else [1])
 
 
-@pytest.mark.parametrize(("family", "what"), [("wan", "lora"), ("lumina2", "full")])
-def test_what_it_writes_passes_plan(command: Command, tmp_path: Path, monkeypatch, family: str, what: str) -> None:
+@pytest.mark.parametrize(("family", "what", "gpus"), [("wan", "lora", 1), ("lumina2", "full", 2)])
+def test_what_it_writes_passes_plan(command: Command, tmp_path: Path, monkeypatch, family: str, what: str, gpus: int) -> None:
     monkeypatch.chdir(tmp_path)  # where runs, and so the toy, go
     draw_image(tmp_path / "media" / "a.png", (64, 64), "a picture", seed=1)
-    told = command("init", "my.yaml", "--family", family, "--model", f"toy:{family}", *ALL, "--train", what).stdout
+    told = command("init", "my.yaml", "--family", family, "--model", f"toy:{family}", *ALL, "--train", what, "--gpus", str(gpus)).stdout
     config = load_config(tmp_path / "my.yaml")
     assert (config.model.family, config.adapter is None) == (family, what == "full")
     assert config.data.folders[0].path == "media" and config.data.resolutions == [64]
-    assert "1x64x64" in command("plan", "my.yaml").stdout and "diffpipe train my.yaml" in told
+    assert "1x64x64" in command("plan", "my.yaml").stdout and f"{launcher(gpus)} train my.yaml" in told
+    assert (config.mesh.replicas, config.mesh.shard) == (gpus, gpus if what == "full" else 1)
     assert [line for line in (tmp_path / "my.yaml").read_text().splitlines() if line.strip().startswith("# Learning rate after")]
+
+
+def test_on_several_cards_weights_stay_there_where_some_mesh_allows_it() -> None:
+    tried = list(candidates(Answers("flux", None, "data", None, 24, full=False, resolution=512, gpus=4)))
+    meshes = [raw.get("mesh") for raw in tried]
+    assert meshes[:3] == [{"replicate": 4}, {"stages": 2, "replicate": 2}, {"stages": 4}] and meshes[3:] == [{"stages": 4}] * 6
+    assert [raw["memory"].get("swap") for raw in tried] == [0, 0, 0, *[None] * 6], "weights stream only where none does"
+    assert [raw["batch"]["accumulate"] for raw in tried[:3]] == [1, 4, 8]
+    first, *_ = candidates(Answers("flux", None, "data", None, 80, full=True, resolution=512, gpus=4))
+    assert first["mesh"] == {"shard": 4}
 
 
 def test_questions_are_asked_in_turn_and_again_after_an_answer_that_does_not_do(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     draw_image(tmp_path / "pictures of mine" / "a.png", (64, 64), "a picture", seed=1)
-    answers = ["fluxx", "flux", "toy:flux", "pictures of mine", "much", "16", "both", "full", "0", "64"]
+    answers = ["fluxx", "flux", "toy:flux", "pictures of mine", "much", "16", "1", "both", "full", "0", "64"]
     done = CliRunner().invoke(app, ["init"], input="\n".join(answers) + "\n")
     assert done.exit_code == 0, done.output
     assert "there is no family 'fluxx'" in done.output and "expected: lora or full" in done.output

@@ -92,6 +92,7 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
         ({"mesh.stages": 2}, "torchrun --nproc_per_node=2"),
         ({"mesh.shard": 2}, "torchrun --nproc_per_node=2"),
         ({"model.family": "wan"}, "expected: transformer/config.json of a WanTransformer3DModel"),
+        ({"model.path": "null"}, "nothing says where transformer (FluxTransformer2DModel) lies"),
         ({"model.path": "nowhere"}, "model.path: nowhere: no such folder"),
         ({"optimiser.lr": 1}, "did you mean optimizer?"),
         ({"model.family": "fluks"}, "model.family"),

@@ -369,6 +369,11 @@ class CheckpointConfig(Section):
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
     every_epochs: Positive | None = Field(default=None, description="Epochs between checkpoints.")
     keep: Positive = Field(default=3, description="Newest checkpoints kept.")
+    keep_best: bool = Field(
+        default=False,
+        description="Keep also the one with the lowest held-out loss, the mean of all eval.sets, however old it is. An evaluation behind a"
+        " step that gives the lowest so far writes one. `diffpipe export RUN --checkpoint best` takes it.",
+    )
     background: bool = Field(
         default=True,
         description="Write while training goes on, from a copy in host memory of as many bytes; false copies nothing and waits.",
@@ -568,6 +573,14 @@ class Config(Section):
         faults = [f"{key} must be {wanted}: {why}" for unfit, key, wanted, why in found if unfit]
         if faults:
             raise ValueError(f"mesh.shard is {self.mesh.shard}, so {'; '.join(faults)}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_judged(self) -> Config:
+        if self.checkpoint.keep_best and not self.eval.sets:
+            raise ValueError(
+                "checkpoint.keep_best is true, but there are no eval.sets that tell which is best; add one, or set it to false"
+            )
         return self
 
     @model_validator(mode="after")

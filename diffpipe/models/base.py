@@ -20,7 +20,7 @@ from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.flow import Key, timesteps
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
-from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components
+from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components, nowhere
 from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers, to_original
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
 
@@ -268,7 +268,8 @@ class DiffusionModel(ABC):
         """
         source = self.blueprint[self.component]
         if source.file is None:
-            assert source.folder is not None
+            if source.folder is None:
+                raise nowhere(source)
             found = open_folder(source.folder)
         elif self._diffusers_names(self._file_tensors):
             found = WeightSource(self._file_tensors, source.file)

@@ -90,10 +90,11 @@ def load_component(component: Component, dtype: torch.dtype, blueprint: Blueprin
     except (OSError, ValueError, RuntimeError, KeyError) as fault:
         said = (str(fault) or type(fault).__name__).splitlines()[0]
         raise CheckpointError(f"{component.name} ({component.kind}) cannot be loaded: {said}", where=component.origin) from fault
-    raise _nowhere(component)
+    raise nowhere(component)
 
 
-def _nowhere(component: Component, expected: str = "") -> CheckpointError:
+def nowhere(component: Component, expected: str = "") -> CheckpointError:
+    """The fault of a component that no key names."""
     return CheckpointError(
         f"nothing says where {component.name} ({component.kind}) lies",
         where="model.files",
@@ -117,7 +118,7 @@ def component_tensors(component: Component) -> dict[str, Tensor]:
     if component.file is not None:
         return file_tensors(component)
     if component.folder is None:
-        raise _nowhere(component)
+        raise nowhere(component)
     found = open_folder(component.folder, component.library).tensors
     return {n: t for n, t in found.items() if not n.endswith(NOT_NETWORK)}
 
@@ -199,7 +200,7 @@ def _shipped_tokenizer(component: Component, kind: Any, blueprint: Blueprint) ->
         sentences = next((t for n, t in tensors.items() if n.endswith("spiece_model")), None)
         if sentences is not None:
             return _from_sentences(bytes(realise(sentences).tolist()), kind, given)
-    raise _nowhere(component, "a folder with tokenizer.json or spiece.model")
+    raise nowhere(component, "a folder with tokenizer.json or spiece.model")
 
 
 def _from_sentences(model: bytes, kind: Any, given: Mapping[str, Any]) -> Any:

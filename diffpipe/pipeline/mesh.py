@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from diffpipe.config.load import differences
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError, DiffpipeError
+from diffpipe.pipeline.alone import OwnStore
 from diffpipe.pipeline.shard import local
 
 T = TypeVar("T")
@@ -187,7 +188,7 @@ def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> It
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
     device = _device(int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
-    store = _meet() if launched else dist.HashStore()
+    store = _meet() if launched else OwnStore()
     _compare(store, rank, world, {"mesh": config.model_dump(mode="json"), **(agreed or {})})
     wanted = config.stages * config.replicate * config.shard
     if world != wanted:

@@ -29,6 +29,7 @@ def shown(width: int, height: int, stages: int = 2, replicas: int = 1, encoding:
         board.step(StepRecord(n + 1, 400, 0, False, 2.0 - n / 40, 2.1, "81x480x832", 1e-4, 0.5, 8, 2.0, 720.0, pairs, ranks))
     board.evaluation(EvalRecord(0, "held-out", 2.5))
     board.evaluation(EvalRecord(40, "held-out", 1.5))
+    board.best(40, 1.5)
     board.written("checkpoint", Path("checkpoints/step-00000040"))
     board.warn("the data's order starts anew")
     assert board.view is not None
@@ -62,6 +63,7 @@ def test_80_columns_hold_all_that_is_asked_of_a_dashboard() -> None:
         "checkpoint step-00000040",
         "export none yet",
         "eval held-out 1.5000",
+        "best checkpoint 1.5000   at step 40",
         "warning: the data's order starts anew",
     ):
         assert wanted in text
