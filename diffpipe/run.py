@@ -48,6 +48,10 @@ class Run:
         return self.folder / "exports"
 
     @property
+    def previews(self) -> Path:
+        return self.folder / "previews"
+
+    @property
     def tensorboard(self) -> Path:
         return self.folder / "tensorboard"
 
@@ -149,6 +153,26 @@ def find_run(output_dir: Path, name: str) -> Path:
     if not runs:
         raise ConfigError(f"no run in {output_dir} has a checkpoint", where="--resume", fix="train without --resume, or name the run")
     return runs[-1]
+
+
+def checkpoint_of(run: Path, step: int | None) -> Path:
+    """A run's checkpoint.
+
+    Args:
+        step: that it was written behind; None takes the newest.
+
+    Raises:
+        ConfigError: when the folder is no run's.
+        CheckpointError: when there is no such checkpoint.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
+    found = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run / "checkpoints")}
+    if not found or (step is not None and step not in found):
+        raise CheckpointError(
+            f"no checkpoint of step {step}" if found else "no complete checkpoint", where=str(run), expected=f"one of {sorted(found)}"
+        )
+    return found[max(found) if step is None else step]
 
 
 def _runs(output_dir: Path) -> list[Path]:

@@ -91,19 +91,18 @@ class Sampler:
         rows = model.align([dict(row) for row in (wanted.text, wanted.negative) if row is not None])
         text, *negative = [self._batch(row) for row in rows]
         self.shown = self._batch(wanted.shown)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            made = self.loop(
-                **model.conditions(text, negative[0] if negative else None, self.shown),
-                **({"num_frames": wanted.frames} if model.geometry.fps else {}),
-                **({} if config.guidance is None else {"guidance_scale": config.guidance}),
-                height=wanted.height,
-                width=wanted.width,
-                num_inference_steps=config.steps,
-                latents=model.pack(noise),
-                generator=torch.Generator().manual_seed(wanted.seed),
-                output_type="latent",
-                return_dict=False,
-            )[0]
+        (made,) = self.loop(
+            **model.conditions(text, negative[0] if negative else None, self.shown),
+            **({"num_frames": wanted.frames} if model.geometry.fps else {}),
+            **({} if config.guidance is None else {"guidance_scale": config.guidance}),
+            height=wanted.height,
+            width=wanted.width,
+            num_inference_steps=config.steps,
+            latents=model.pack(noise),
+            generator=torch.Generator().manual_seed(wanted.seed),
+            output_type="latent",
+            return_dict=False,
+        )
         self.shown = {}
         return model.unpack(made, blank).cpu()
 

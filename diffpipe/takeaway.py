@@ -8,16 +8,16 @@ from typing import Any, get_args
 
 import yaml
 
-from diffpipe.checkpoint import list_checkpoints, read_weights
+from diffpipe.checkpoint import read_weights
 from diffpipe.config.load import validate
 from diffpipe.config.schema import ExportFormat, ModelConfig, ObjectiveConfig
-from diffpipe.errors import CheckpointError, ConfigError
+from diffpipe.errors import ConfigError
 from diffpipe.export.run import export_tensors, write_adapter
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.adapter_files import form_of, read_adapter
 from diffpipe.models.adapters import plain_name
 from diffpipe.models.weights import lazily, read_metadata
-from diffpipe.run import CONFIG
+from diffpipe.run import CONFIG, checkpoint_of
 
 
 def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, output: Path | None = None) -> list[Path]:
@@ -33,21 +33,10 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | None = None, ou
         DiffpipeError: when the run or the checkpoint is not there, or a format is unknown.
     """
     _check_formats(formats)
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
+    checkpoint = checkpoint_of(run, step)
     config = validate(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")), str(run / CONFIG))
-    checkpoints = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run / "checkpoints")}
-    if not checkpoints or (step is not None and step not in checkpoints):
-        raise CheckpointError(
-            f"no checkpoint of step {step}" if checkpoints else "no complete checkpoint",
-            where=str(run),
-            expected=f"one of {sorted(checkpoints)}",
-        )
-    chosen = max(checkpoints) if step is None else step
-    weights = {plain_name(name): lazily(t.shape, t.dtype, lambda t=t: t) for name, t in read_weights(checkpoints[chosen]).items()}
-    return export_tensors(
-        config, make_model(config.model, config.objective), weights, output or run / "exports" / f"step-{chosen:08d}", formats
-    )
+    weights = {plain_name(name): lazily(t.shape, t.dtype, lambda t=t: t) for name, t in read_weights(checkpoint).items()}
+    return export_tensors(config, make_model(config.model, config.objective), weights, output or run / "exports" / checkpoint.name, formats)
 
 
 def export_file(

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffpipe.config.schema import WandbConfig
 from diffpipe.errors import ConfigError, DiffpipeError
-from diffpipe.metrics import GIB, EvalRecord, RunRecord, Sink, Split, StepRecord, Wish, by_tenth
+from diffpipe.metrics import GIB, EvalRecord, PreviewRecord, RunRecord, Sink, Split, StepRecord, Wish, by_tenth
 
 # Sections of the config that decide what is trained, or how fast.
 HYPERPARAMETERS = ("run", "mesh", "batch", "model", "objective", "adapter", "optimizer", "schedule", "data", "memory")
@@ -103,6 +103,18 @@ class TensorBoardSink(Sink):
         for tag, value in eval_scalars(record).items():
             self.writer.add_scalar(tag, value, record.step)
 
+    def preview(self, record: PreviewRecord) -> None:
+        from tensorboard.compat.proto import summary_pb2
+
+        proto: Any = summary_pb2
+        # What SummaryWriter.add_image makes of pixels; it takes no moving pictures.
+        image = proto.Summary.Image(height=record.height, width=record.width, colorspace=3, encoded_image_string=record.thumbnail)
+        about = proto.SummaryMetadata(summary_description=record.prompt)
+        assert self.writer.file_writer is not None
+        self.writer.file_writer.add_summary(
+            proto.Summary(value=[proto.Summary.Value(tag=f"preview/{record.number}", image=image, metadata=about)]), record.step
+        )
+
     def close(self) -> None:
         if self.records % HISTOGRAM_EVERY:
             self._histogram()
@@ -184,6 +196,13 @@ class WandbSink(Sink):
 
     def evaluation(self, record: EvalRecord) -> None:
         self.run.log({"step": record.step, **eval_scalars(record)})
+
+    def preview(self, record: PreviewRecord) -> None:
+        import wandb
+
+        path = str(record.path)
+        shown = wandb.Image(path, caption=record.prompt) if record.path.suffix == ".png" else wandb.Video(path, caption=record.prompt)
+        self.run.log({"step": record.step, f"preview/{record.number}": shown})
 
     def close(self) -> None:
         self.run.finish()

@@ -64,7 +64,9 @@ class WanI2V(Wan):
         """That of text to video: the loop is the same, and the one of image to video would encode the picture itself."""
         from diffusers import WanPipeline
 
-        made: Any = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=self.load_scheduler(), transformer=denoiser)
+        absent = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+        components: dict[str, Any] = {**absent, "scheduler": self.load_scheduler(), "transformer": denoiser}
+        made: Any = WanPipeline(**components)
         made.set_progress_bar_config(disable=True)
         return made
 

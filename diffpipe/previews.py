@@ -1,0 +1,122 @@
+"""Previews: what the prompts of a config become with the weights as they are, as files and for sinks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffpipe.config.schema import PreviewConfig
+from diffpipe.data.media import write
+from diffpipe.errors import DiffpipeError, ShortageError
+from diffpipe.metrics import PreviewRecord, Progress, Sinks
+from diffpipe.models.base import DiffusionModel
+from diffpipe.models.encoders import Encoders
+from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.watch import Watch
+from diffpipe.prompts import Prompts
+from diffpipe.sampling import Sampler
+
+FIXES = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")
+
+
+class Previews:
+    """Samples all prompts: replicas take turns with them, and the rank that speaks for the run decodes what comes out.
+
+    What cannot be made, for want of memory or of space on the disk, is left out with a warning. Random numbers are those of the
+    prompts' seeds; training's are not touched.
+
+    Args:
+        watch: is told that ranks get on.
+    """
+
+    def __init__(
+        self,
+        config: PreviewConfig,
+        model: DiffusionModel,
+        pipeline: Pipeline,
+        prompts: Prompts,
+        sinks: Sinks,
+        watch: Watch,
+    ) -> None:
+        self.config, self.model, self.mesh, self.prompts, self.sinks, self.watch = config, model, pipeline.mesh, prompts, sinks, watch
+        self.sampler = Sampler(model, pipeline, watch.tick)
+        self.left_out = 0
+
+    def make(self, step: int, folder: Path) -> list[DiffpipeError]:
+        """Write a file for each prompt into ``folder``; all ranks call it.
+
+        Returns:
+            Why prompts were left out, on the rank that speaks for the run; nothing on the others.
+        """
+        with torch.random.fork_rng([self.mesh.device] if self.mesh.device.type == "cuda" else []):
+            found: dict[int, Tensor | DiffpipeError] = {}
+            for share in self.mesh.exchange(self._sampled()):
+                found |= share
+            if not self.mesh.reporter:
+                return []
+            with self.watch.patient():
+                faults = self._shown(step, found, folder)
+        for number, fault in sorted(faults.items()):
+            self.left_out += 1
+            self.sinks.warn(f"preview {number} of step {step} is left out ({self.left_out} so far): {fault}")
+        if len(faults) < len(found):
+            self.sinks.written("preview", folder)
+        return [faults[number] for number in sorted(faults)]
+
+    def _sampled(self) -> dict[int, Tensor | DiffpipeError]:
+        """Latents by the number of the prompt, or why there are none: of this replica's share, on its last stage."""
+        mesh, count = self.mesh, len(self.prompts)
+        own = list(range(mesh.replica, count, mesh.replicas))
+        # Ranks that gather weights together sample as often as each other; what one has too few of, it samples for nothing.
+        spare = [0] if mesh.shards > 1 and len(own) < len(range(0, count, mesh.replicas)) else []
+        made: dict[int, Tensor | DiffpipeError] = {}
+        for done, number in enumerate(own + spare):
+            prompt = self.prompts[number]
+            self.sinks.progress(Progress("preview", done, len(own)))
+            try:
+                with explained(f"preview {number}, {prompt.bucket}, on stage {mesh.stage}", mesh.device, FIXES):
+                    latents = self.sampler.sample(self.prompts.conditions(number), self.config)
+            except ShortageError as fault:
+                if mesh.shards > 1:  # the others wait for the weights that this rank was to gather with them
+                    raise
+                made[number] = fault
+            else:
+                made |= {number: latents} if done < len(own) else {}
+            _free(mesh.device)
+        self.sinks.progress(Progress("preview", len(own), len(own)))
+        return made if mesh.stage == mesh.stages - 1 else {}
+
+    def _shown(self, step: int, found: Mapping[int, Tensor | DiffpipeError], folder: Path) -> dict[int, DiffpipeError]:
+        """Decode, write and tell of what was sampled; gives why some of it could not be. The VAE is in memory only meanwhile."""
+        faults: dict[int, DiffpipeError] = {}
+        decoder: Encoders | None = None
+        for number, latents in sorted(found.items()):
+            prompt = self.prompts[number]
+            try:
+                if isinstance(latents, DiffpipeError):
+                    raise latents
+                with explained(f"decoding preview {number}, {prompt.bucket}", self.mesh.device, FIXES), torch.inference_mode():
+                    torch.manual_seed(prompt.seed)  # some decoders add noise
+                    decoder = decoder or self.model.load_decoder(self.mesh.device)
+                    (pixels,) = self.model.decode_media(decoder, latents)
+                written = write(pixels, self.model.geometry.fps, folder / f"{number:02d}")
+            except DiffpipeError as fault:
+                faults[number] = fault
+                continue
+            height, width = prompt.bucket.height, prompt.bucket.width
+            self.sinks.preview(PreviewRecord(step, number, prompt.text, written.path, written.thumbnail, height, width))
+        del decoder
+        _free(self.mesh.device)
+        return faults
+
+
+def _free(device: torch.device) -> None:
+    """Give back what training is to have."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
