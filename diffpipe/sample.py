@@ -73,7 +73,7 @@ def sample_run(
             if found := damage(checkpoint, mesh):
                 raise CheckpointError(f"is damaged: {found}", where=str(checkpoint), fix="take an older checkpoint")
             model = make_model(config.model, config.objective)
-            entries = read_prompts(config, model)
+            entries = mesh.decide(lambda: read_prompts(config, model))
             prompts = prepare_prompts(
                 config,
                 model,

@@ -48,7 +48,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, released: nn.Module, device: torch.device, predict: Callable[[dict[str, Any]], Tensor]) -> None:
         super().__init__()
-        self.__dict__ |= {"released": released, "device": device, "predict": predict, "call": inspect.signature(released.forward)}
+        # Not as attributes: what is released is no part of this module.
+        self.__dict__.update(released=released, device=device, predict=predict, call=inspect.signature(released.forward))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["released"], name)
@@ -107,7 +108,7 @@ class Sampler:
         return model.unpack(made, blank).cpu()
 
     def _batch(self, row: Tensors) -> dict[str, Tensor]:
-        """A sample's tensors with a first dim B, on the device; numbers in float32."""
+        """A sample's tensors with a first dim B, on the device; embeddings in float32, as ``prepare`` gives them."""
         return {n: (t.float() if t.is_floating_point() else t)[None].to(self.device) for n, t in row.items()}
 
     def _predict(self, call: dict[str, Any]) -> Tensor:

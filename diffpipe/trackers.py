@@ -1,4 +1,4 @@
-"""Sinks that keep a run's numbers for programs that draw them: TensorBoard, and Weights & Biases where it is asked for."""
+"""Sinks that keep a run's numbers and previews for programs that draw them: TensorBoard, and Weights & Biases where it is asked for."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def settings(config: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, bo
 
 
 class TensorBoardSink(Sink):
-    """Scalars, the loss by t as a histogram, and the config as hyperparameters, for TensorBoard.
+    """Scalars, the loss by t as a histogram, previews, and the config as hyperparameters, for TensorBoard.
 
     Args:
         folder: where its event files go.
@@ -160,7 +160,7 @@ def check_wandb(config: WandbConfig | None) -> None:
 
 
 class WandbSink(Sink):
-    """The same numbers for Weights & Biases; its own files go into the run folder.
+    """The same for Weights & Biases; its own files go into the run folder.
 
     Raises:
         DiffpipeError: when the run cannot be opened there.

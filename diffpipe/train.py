@@ -86,7 +86,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         check_formats(config, model)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         forecast = open_forecast(config, model, mesh)
-        asked = read_prompts(config, model)
+        asked = mesh.decide(lambda: read_prompts(config, model))
         samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
         prompts = open_prompts(config, model, mesh, sinks, asked)
         if forecast is not None:
@@ -126,7 +126,7 @@ def cache(config: Config, *, make_sinks: MakeSinks, verify: bool = False, rebuil
                 for path in mesh.decide(lambda: Cache(folder).verify()):
                     sinks.note(f"damaged, removed: {path}")
             model = make_model(config.model, config.objective)
-            asked = read_prompts(config, model)
+            asked = mesh.decide(lambda: read_prompts(config, model))
             samples, held_out = open_data(config, model, mesh, sinks, again=rebuild)
             prompts = open_prompts(config, model, mesh, sinks, asked)
             if prune:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffpipe.config.schema import Config
+from diffpipe.encode import prepare_prompts
 from diffpipe.errors import ConfigError
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.base import DiffusionModel
@@ -21,10 +23,11 @@ from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.prompts import read_prompts
 from diffpipe.sampling import Conditions, Sampler
 from tests.conftest import World
-from tests.families import CAPTIONS
+from tests.families import CAPTIONS, CPU
 from tests.sampling_program import SEED, STEPS, after_a_shortage, conditions_of, config_of, opened, picture
 
 Toys = Callable[[str], Path]
+Alone = Callable[[str], tuple[DiffusionModel, Conditions, Tensor]]
 SAMPLED = sorted(family for family in MODELS if model_class(family).guided is not None)
 CLOSE = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -63,9 +66,15 @@ def released(model: DiffusionModel, folder: Path, wanted: Conditions, **given: A
     return model.unpack(latents, like)
 
 
+@pytest.fixture(scope="module")
+def alone(toys: Toys) -> Alone:
+    """Gives what one stage samples of a family, sampled when it is first asked for."""
+    return cache(lambda family: sampled(config_of(family, toys(family))))
+
+
 @pytest.mark.parametrize("family", SAMPLED)
-def test_a_sample_is_that_of_the_diffusers_pipeline(family: str, toys: Toys) -> None:
-    model, wanted, latents = sampled(config_of(family, toys(family)))
+def test_a_sample_is_that_of_the_diffusers_pipeline(family: str, toys: Toys, alone: Alone) -> None:
+    model, wanted, latents = alone(family)
     torch.testing.assert_close(latents, released(model, toys(family), wanted), **CLOSE)
 
 
@@ -88,13 +97,12 @@ def test_a_model_trained_to_predict_v_is_sampled_as_one(toys: Toys) -> None:
     assert (told.prediction_type, told.rescale_betas_zero_snr, told.timestep_spacing) == ("v_prediction", True, "trailing")
 
 
-def test_two_stages_give_what_one_gives(world: World, toys: Toys, tmp_path: Path) -> None:
+def test_two_stages_give_what_one_gives(world: World, toys: Toys, alone: Alone, tmp_path: Path) -> None:
     home = toys("flux").parent.parent
     world(2, "tests/sampling_program.py", 2, home, tmp_path / "made", *SAMPLED)
     made = load_file(tmp_path / "made")
     for family in SAMPLED:
-        _, _, latents = sampled(config_of(family, toys(family)))
-        torch.testing.assert_close(made[family], latents, **CLOSE)
+        torch.testing.assert_close(made[family], alone(family)[2], **CLOSE)
     assert torch.equal(made["flux again"], made["flux"]), "a stage without memory spoils no later sample"
 
 
@@ -129,6 +137,22 @@ def test_what_cannot_be_sampled_is_told_before_anything_is_encoded(family: str, 
     with pytest.raises(ConfigError) as fault:
         read_prompts(config, make_model(config.model, config.objective))
     assert told in str(fault.value)
+
+
+@pytest.mark.parametrize("family", ["flux-kontext", "lumina2", "wan-i2v"])
+def test_prompts_are_encoded_before_training_into_the_cache(family: str, toys: Toys, alone: Alone, tmp_path: Path) -> None:
+    model, wanted, _ = alone(family)
+    pixels = ((picture(wanted.height, wanted.width)[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "shown.png")
+    prompt: dict[str, Any] = {"prompt": CAPTIONS[0], "height": wanted.height, "width": wanted.width, "frames": wanted.frames}
+    if model.takes_image:
+        prompt["image"] = str(tmp_path / "shown.png")
+    config = config_of(family, toys(family), preview={"prompts": [prompt], "seed": SEED}, data={"cache_dir": str(tmp_path)})
+    made = prepare_prompts(config, model, read_prompts(config, model), device=CPU).conditions(0)
+    again = prepare_prompts(config, model, read_prompts(config, model), device=torch.device("meta")).conditions(0)
+    for one in (made, again):
+        assert (one.seed, one.frames, one.height, one.width) == (wanted.seed, wanted.frames, wanted.height, wanted.width)
+        torch.testing.assert_close((one.text, one.negative, one.shown), (wanted.text, wanted.negative, wanted.shown))
 
 
 def test_sizes_that_nobody_names_are_those_of_the_data(toys: Toys) -> None:

@@ -95,6 +95,7 @@ class Chroma(DiffusionModel):
         return flux.pack(mask.expand(-1, target.shape[-1] // 4, -1, -1))
 
     def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        """With boolean masks, as in training; those that the pipeline makes of ones and zeros mask nothing."""
         given = {"prompt_embeds": text["text"], "prompt_attention_mask": text["attended"]}
         if negative is not None:
             given |= {"negative_prompt_embeds": negative["text"], "negative_prompt_attention_mask": negative["attended"]}
