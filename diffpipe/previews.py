@@ -14,7 +14,7 @@ from diffpipe.data.media import write
 from diffpipe.errors import DiffpipeError, ShortageError
 from diffpipe.metrics import PreviewRecord, Progress, Sinks
 from diffpipe.models.base import DiffusionModel
-from diffpipe.models.encoders import Encoders
+from diffpipe.models.encoders import Encoders, halve_tiles
 from diffpipe.pipeline.memory.shortage import explained
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.watch import Watch
@@ -100,10 +100,9 @@ class Previews:
             try:
                 if isinstance(latents, DiffpipeError):
                     raise latents
-                with explained(f"decoding preview {number}, {prompt.bucket}", self.mesh.device, FIXES), torch.inference_mode():
-                    torch.manual_seed(prompt.seed)  # some decoders add noise
-                    decoder = decoder or self.model.load_decoder(self.mesh.device)
-                    (pixels,) = self.model.decode_media(decoder, latents)
+                decoder = decoder or self._decoder()
+                torch.manual_seed(prompt.seed)  # some decoders add noise
+                (pixels,) = self._decoded(latents, decoder, f"decoding preview {number}, {prompt.bucket}")
                 written = write(pixels, self.model.geometry.fps, folder / f"{number:02d}")
             except DiffpipeError as fault:
                 faults[number] = fault
@@ -113,6 +112,21 @@ class Previews:
         del decoder
         _free(self.mesh.device)
         return faults
+
+    def _decoder(self) -> Encoders:
+        with explained("loading the VAE for previews", self.mesh.device, FIXES):
+            return self.model.load_decoder(self.mesh.device)
+
+    def _decoded(self, latents: Tensor, decoder: Encoders, doing: str) -> Tensor:
+        """Pixels; in smaller tiles, from then on, where there is no memory for larger ones."""
+        while True:
+            try:
+                with explained(doing, self.mesh.device, FIXES), torch.inference_mode():
+                    return self.model.decode_media(decoder, latents)
+            except ShortageError:
+                if not halve_tiles(decoder.vae):
+                    raise
+            _free(self.mesh.device)
 
 
 def _free(device: torch.device) -> None:
