@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ class Previews:
             except ShortageError as fault:
                 if mesh.shards > 1:  # the others wait for the weights that this rank was to gather with them
                     raise
-                made[number] = fault
+                made[number] = copy(fault)  # without the frames of its traceback, which hold what lies on the device
             else:
                 made |= {number: latents} if done < len(own) else {}
             _free(mesh.device)
@@ -105,7 +106,7 @@ class Previews:
                 (pixels,) = self._decoded(latents, decoder, f"decoding preview {number}, {prompt.bucket}")
                 written = write(pixels, self.model.geometry.fps, folder / f"{number:02d}")
             except DiffpipeError as fault:
-                faults[number] = fault
+                faults[number] = copy(fault)
                 continue
             height, width = prompt.bucket.height, prompt.bucket.width
             self.sinks.preview(PreviewRecord(step, number, prompt.text, written.path, written.thumbnail, height, width))

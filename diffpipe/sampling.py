@@ -78,7 +78,7 @@ class Sampler:
         self.model, self.pipeline, self.tick = model, pipeline, tick
         self.device = pipeline.mesh.device
         self.loop = model.make_sampler(Denoiser(model.released_denoiser(), self.device, self._predict))
-        self.shown: Tensors = {}
+        self.shown: Tensors = {}  # of the last sample
 
     def sample(self, wanted: Conditions, config: PreviewConfig) -> Tensor:
         """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
@@ -104,7 +104,6 @@ class Sampler:
             output_type="latent",
             return_dict=False,
         )
-        self.shown = {}
         return model.unpack(made, blank).cpu()
 
     def _batch(self, row: Tensors) -> dict[str, Tensor]:

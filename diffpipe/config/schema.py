@@ -382,7 +382,7 @@ def _prompts(given: Any) -> Any:
     return [{"prompt": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
 
 
-Prompts = Annotated[list[PromptConfig], BeforeValidator(_prompts, json_schema_input_type=list[PromptConfig | str])]
+PromptList = Annotated[list[PromptConfig], BeforeValidator(_prompts, json_schema_input_type=list[PromptConfig | str])]
 
 
 class PreviewConfig(Section):
@@ -391,7 +391,7 @@ class PreviewConfig(Section):
     )
     every_epochs: Positive | None = Field(default=None, description="Epochs between previews.")
     at_start: bool = Field(default=False, description="Make them before the first step too.")
-    prompts: Prompts = Field(
+    prompts: PromptList = Field(
         default_factory=list,
         description="What is sampled, with the weights as they are: texts, or prompts with keys of their own. They are encoded before"
         " training, so a new one takes a resume.",

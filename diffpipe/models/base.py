@@ -448,9 +448,7 @@ class DiffusionModel(ABC):
             negative: the same of what it is guided away from; None where there is nothing.
             shown: what ``encode_media`` gave for its picture, first dim 1; empty without one.
         """
-        raise ConfigError(
-            f"{self.name} cannot be sampled yet", where="preview.prompts", fix="take them out; `diffpipe models` tells which families can"
-        )
+        raise NotImplementedError(f"{self.name} has none, and must not say how it is guided")
 
     def inputs_of(self, call: dict[str, Any], shown: Mapping[str, Tensor]) -> dict[str, Any]:
         """The inputs of ``forward``, as ``prepare`` gives them, for one call that the loop makes of the denoiser.
