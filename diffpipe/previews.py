@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from diffpipe.pipeline.memory.shortage import explained
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.watch import Watch
 from diffpipe.prompts import Prompts
-from diffpipe.sampling import Sampler
+from diffpipe.sampling import Interrupted, Sampler
 
 FIXES = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")
 
@@ -48,28 +48,33 @@ class Previews:
         self.sampler = Sampler(model, pipeline, watch.tick)
         self.left_out = 0
 
-    def make(self, step: int, folder: Path) -> list[DiffpipeError]:
+    def make(self, step: int, folder: Path, stop: Callable[[], bool] = lambda: False) -> list[DiffpipeError]:
         """Write a file for each prompt into ``folder``; all ranks call it.
+
+        Args:
+            stop: whether the run is to end, so that the rest is given up.
 
         Returns:
             Why prompts were left out, on the rank that speaks for the run; nothing on the others.
         """
         with torch.random.fork_rng([self.mesh.device] if self.mesh.device.type == "cuda" else []):
             found: dict[int, Tensor | DiffpipeError] = {}
-            for share in self.mesh.exchange(self._sampled()):
+            for share in self.mesh.exchange(self._sampled(stop)):
                 found |= share
             if not self.mesh.reporter:
                 return []
             with self.watch.patient():
-                faults = self._shown(step, found, folder)
+                written, faults = self._shown(step, found, folder, stop)
+        if written + len(faults) < len(self.prompts):
+            self.sinks.note(f"previews of step {step} were given up, for the run is to end")
         for number, fault in sorted(faults.items()):
             self.left_out += 1
             self.sinks.warn(f"preview {number} of step {step} is left out ({self.left_out} so far): {fault}")
-        if len(faults) < len(found):
+        if written:
             self.sinks.written("preview", folder)
         return [faults[number] for number in sorted(faults)]
 
-    def _sampled(self) -> dict[int, Tensor | DiffpipeError]:
+    def _sampled(self, stop: Callable[[], bool]) -> dict[int, Tensor | DiffpipeError]:
         """Latents by the number of the prompt, or why there are none: of this replica's share, on its last stage."""
         mesh, count = self.mesh, len(self.prompts)
         own = list(range(mesh.replica, count, mesh.replicas))
@@ -81,7 +86,9 @@ class Previews:
             self.sinks.progress(Progress("preview", done, len(own)))
             try:
                 with explained(f"preview {number}, {prompt.bucket}, on stage {mesh.stage}", mesh.device, FIXES):
-                    latents = self.sampler.sample(self.prompts.conditions(number), self.config)
+                    latents = self.sampler.sample(self.prompts.conditions(number), self.config, stop)
+            except Interrupted:
+                break
             except ShortageError as fault:
                 if mesh.shards > 1:  # the others wait for the weights that this rank was to gather with them
                     raise
@@ -92,12 +99,21 @@ class Previews:
         self.sinks.progress(Progress("preview", len(own), len(own)))
         return made if mesh.stage == mesh.stages - 1 else {}
 
-    def _shown(self, step: int, found: Mapping[int, Tensor | DiffpipeError], folder: Path) -> dict[int, DiffpipeError]:
-        """Decode, write and tell of what was sampled; gives why some of it could not be. The VAE is in memory only meanwhile."""
+    def _shown(
+        self, step: int, found: Mapping[int, Tensor | DiffpipeError], folder: Path, stop: Callable[[], bool]
+    ) -> tuple[int, dict[int, DiffpipeError]]:
+        """Decode, write and tell of what was sampled; the VAE is in memory only meanwhile.
+
+        Returns:
+            How many files there are, and why others could not be.
+        """
+        count = 0
         faults: dict[int, DiffpipeError] = {}
         decoder: Encoders | None = None
         for number, latents in sorted(found.items()):
             prompt = self.prompts[number]
+            if stop():
+                break
             try:
                 if isinstance(latents, DiffpipeError):
                     raise latents
@@ -108,11 +124,12 @@ class Previews:
             except DiffpipeError as fault:
                 faults[number] = copy(fault)
                 continue
+            count += 1
             height, width = prompt.bucket.height, prompt.bucket.width
             self.sinks.preview(PreviewRecord(step, number, prompt.text, written.path, written.thumbnail, height, width))
         del decoder
         _free(self.mesh.device)
-        return faults
+        return count, faults
 
     def _decoder(self) -> Encoders:
         with explained("loading the VAE for previews", self.mesh.device, FIXES):

@@ -18,6 +18,10 @@ from diffpipe.pipeline.schedule import Pipeline
 Tensors = Mapping[str, Tensor]
 
 
+class Interrupted(Exception):
+    """A sample was given up, on all ranks that made it."""
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What one sample is made from.
@@ -78,15 +82,21 @@ class Sampler:
         self.model, self.pipeline, self.tick = model, pipeline, tick
         self.device = pipeline.mesh.device
         self.loop = model.make_sampler(Denoiser(model.released_denoiser(), self.device, self._predict))
-        self.shown: Tensors = {}  # of the last sample
+        # Of the last sample.
+        self.shown: Tensors = {}
+        self.stop: Callable[[], bool] = lambda: False
 
-    def sample(self, wanted: Conditions, config: PreviewConfig) -> Tensor:
+    def sample(self, wanted: Conditions, config: PreviewConfig, stop: Callable[[], bool] = lambda: False) -> Tensor:
         """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
+
+        Args:
+            stop: whether to give it up; asked before each prediction, and enough on any rank that computes with this one.
 
         Raises:
             torch.OutOfMemoryError: on every stage of the pipeline.
+            Interrupted: where it was given up.
         """
-        model = self.model
+        model, self.stop = self.model, stop
         blank = model.blank_media(wanted.frames, wanted.height, wanted.width)["latents"][None]
         noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(wanted.seed))
         rows = model.align([dict(row) for row in (wanted.text, wanted.negative) if row is not None])
@@ -111,6 +121,8 @@ class Sampler:
         return {n: (t.float() if t.is_floating_point() else t)[None].to(self.device) for n, t in row.items()}
 
     def _predict(self, call: dict[str, Any]) -> Tensor:
+        if self.pipeline.mesh.any_partner(self.stop()):
+            raise Interrupted
         made = self.pipeline.predict([self.model.inputs_of(one, self.shown) for one in _split(call)])
         self.tick()
         return made

@@ -266,16 +266,16 @@ class Trainer:
             self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
             sources = [signals.take, self._asked_by_the_clock, *([wishes.take] if self.mesh.reporter else [])]
             try:
-                self._train(Requests(self.mesh, sources))
+                self._train(Requests(self.mesh, sources), signals.stopping.is_set)
             finally:
                 self.feed.close()
 
-    def _train(self, requests: Requests) -> None:
+    def _train(self, requests: Requests, stopping: Callable[[], bool]) -> None:
         config = self.config
         if not self.run.resumed:
             self.evaluate()
             if config.preview.at_start:
-                self.preview()
+                self.preview(stopping)
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
@@ -297,7 +297,7 @@ class Trainer:
             # Behind the checkpoint, for they may take longer than a machine is left to a run.
             previews = not ends and (last or _due(self.step, config.preview.every_steps) or _due(epochs, config.preview.every_epochs))
             if previews or Request.PREVIEW in asked:
-                self.preview(asked=Request.PREVIEW in asked)
+                self.preview(stopping, asked=Request.PREVIEW in asked)
             if last or ends:
                 self._finish_saving(wait=True)
             if ends and not last:
@@ -450,15 +450,16 @@ class Trainer:
         for path in paths:
             self.sinks.written("export", path)
 
-    def preview(self, asked: bool = False) -> None:
+    def preview(self, stopping: Callable[[], bool], asked: bool = False) -> None:
         """Sample the prompts with the weights as they are.
 
         Args:
+            stopping: whether a signal asks the run to stop, which must not wait for all of them.
             asked: whether a person asked for it, who is told where there are no prompts.
         """
         if self.previews is not None:
             self.sinks.doing("sampling previews")
-            self.previews.make(self.step, self.run.previews / f"step-{self.step:08d}")
+            self.previews.make(self.step, self.run.previews / f"step-{self.step:08d}", stopping)
         elif asked:
             self.sinks.note("no preview is made, for preview.prompts is empty")
 

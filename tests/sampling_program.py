@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=STAGES tests/sampling_program.py STAGES TOYS OUTPUT FAMILY ...
 
-Makes tiny checkpoints in TOYS where they lack.
+The tiny checkpoints must be in TOYS already.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
-from diffpipe.sampling import Conditions, Sampler
+from diffpipe.sampling import Conditions, Interrupted, Sampler
 from tests.conftest import toy_checkpoint
 from tests.families import CAPTIONS, encoders_of, frames_of
 
@@ -74,9 +74,26 @@ def main() -> None:
             sampler = Sampler(model, pipeline)
             made[family] = sampler.sample(conditions_of(model), config.preview)
             if family == "flux":
+                given_up(sampler, mesh, conditions_of(model), config)
                 made["flux again"] = after_a_shortage(sampler, pipeline, conditions_of(model), config)
         if mesh.reporter:
             save_file(made, output)
+
+
+def given_up(sampler: Sampler, mesh: Mesh, wanted: Conditions, config: Config) -> None:
+    """A sample that the first stage alone gives up in the middle ends on all."""
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return mesh.stage == 0 and len(asked) == 2
+
+    try:
+        sampler.sample(wanted, config.preview, stop)
+    except Interrupted:
+        assert len(asked) == 2
+    else:
+        raise AssertionError("not all stages were told")
 
 
 def after_a_shortage(sampler: Sampler, pipeline: Pipeline, wanted: Conditions, config: Config) -> Tensor:

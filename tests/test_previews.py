@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffpipe.checkpoint import list_checkpoints
 from diffpipe.config.schema import ModelConfig, ObjectiveConfig
 from diffpipe.data.files import File
 from diffpipe.data.media import probe, write
@@ -96,6 +101,23 @@ def test_a_preview_is_the_picture_that_diffusers_makes_with_the_exported_weights
 def test_a_preview_without_memory_is_left_out_and_told_of(flux: Path) -> None:
     told = "warning: preview 1 of step 0 is left out (1 so far): memory: the memory of cpu ran out in decoding preview 1, 1x64x96"
     assert told in (flux / "log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_signal_does_not_wait_for_all_previews(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Flux.decode_media
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # a thread takes it
+        return decode(*given)
+
+    monkeypatch.setattr(Flux, "decode_media", interrupted)
+    done = command(*arguments(tmp_path / "run", **{"mesh.stages": 1, **QUICK, **ASKED}), check=False)
+    run = run_of(tmp_path / "run")
+    assert done.exit_code == 75 and "previews of step 0 were given up" in (run / "log.txt").read_text(encoding="utf-8")
+    assert [p.name for p in run.rglob("previews/*/*")] == ["00.png"]
+    assert [p.name for p in list_checkpoints(run / "checkpoints")] == ["step-00000001"]
 
 
 def test_a_vae_without_memory_takes_smaller_tiles(toys: Callable[[str], Path]) -> None:

@@ -142,8 +142,10 @@ class Mesh:
         """Replace a tensor that every stage has, or a shard of it, by its sum."""
         dist.all_reduce(local(tensor), group=self.stage_group)
 
-    def any_stage(self, flag: bool) -> bool:
-        """Whether it is set on any stage of this pipeline."""
+    def any_partner(self, flag: bool) -> bool:
+        """Whether it is set on any rank that this one computes with: the stages of its pipeline, or all where weights are shared."""
+        if self.shards > 1:
+            return bool(self.largest(float(flag))[0])
         if self.stages == 1:
             return flag
         told = torch.tensor(float(flag), device=self.device)

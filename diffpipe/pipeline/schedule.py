@@ -115,7 +115,7 @@ class Pipeline:
         self._run([(inputs, []) for inputs in microbatches], lambda schedule, **given: schedule.eval(**given))
         made, said = self.stage.predictions, self.stage.shortage
         self.stage.predictions, self.stage.shortage = {}, None
-        if self.mesh.any_stage(said is not None):
+        if self.mesh.any_partner(said is not None):
             self.memory.settle()  # it was left in the middle of a step
             raise torch.OutOfMemoryError(said or "another stage has no memory left")
         return self.mesh.from_last_stage(torch.cat([made[number] for number in sorted(made)]) if made else None)
