@@ -86,11 +86,14 @@ def read_prompts(config: Config, model: DiffusionModel) -> list[Prompt]:
 
     Raises:
         ConfigError: when the family cannot be sampled, or not as a prompt says.
+        CheckpointError: when the model's folder lacks what it is sampled with.
     """
     if config.preview.prompts and model.guided is None:
         raise ConfigError(
             f"{model.name} cannot be sampled yet", where="preview.prompts", fix="take them out; `diffpipe models` tells which families can"
         )
+    if config.preview.prompts:
+        model.load_scheduler()  # for its faults, before anything large is loaded
     return [_read(i, prompt, config, model) for i, prompt in enumerate(config.preview.prompts)]
 
 

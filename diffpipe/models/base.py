@@ -425,7 +425,13 @@ class DiffusionModel(ABC):
         return self.make_pipeline({**absent, "scheduler": self.load_scheduler(), self.component: denoiser})
 
     def load_scheduler(self) -> Any:
-        """The scheduler of the pipeline; another where the config trains for that."""
+        """The scheduler of the pipeline; another where the config trains for that.
+
+        Raises:
+            CheckpointError: when the pipeline has none.
+        """
+        if "scheduler" not in self.blueprint:
+            raise CheckpointError("its model_index.json names no scheduler", where="model.path", fix="take it from the released pipeline")
         return load_component(self.blueprint["scheduler"], torch.float32, self.blueprint)
 
     def released_denoiser(self) -> nn.Module:
