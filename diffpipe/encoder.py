@@ -129,8 +129,10 @@ class _Decoder(Dataset[Any]):
                 return index, read_mask(entry.mask_file, entry.bucket, self._geometry.spatial, (entry.source[1], entry.source[0]))
             fps = None if entry.start is None else self._geometry.fps
             pixels = read(entry.file, entry.bucket, fps, entry.start or 0.0)
-            # A picture for a bucket of several frames begins a clip that is to be made: the others are grey.
-            return index, nn.functional.pad(pixels, (0, 0, 0, 0, 0, entry.bucket.frames - pixels.shape[1]))
+            if missing := entry.bucket.frames - pixels.shape[1]:
+                # A picture for a bucket of several frames begins a clip that is to be made: the others are grey.
+                pixels = nn.functional.pad(pixels, (0, 0, 0, 0, 0, missing))
+            return index, pixels
         except MediaError as fault:
             return index, fault
         except OSError as fault:
