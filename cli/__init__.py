@@ -124,6 +124,36 @@ def export(
 
 
 @app.command()
+def sample(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="What to sample; repeatable.", show_default="the run's preview.prompts")
+    ] = [],  # noqa: B006
+    negative: Annotated[str | None, typer.Option(metavar="TEXT", help="What to guide it away from.", show_default="as preview")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Decides the noise.", show_default="as preview")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", help="Steps from noise to a picture.", show_default="as preview")] = None,
+    guidance: Annotated[float | None, typer.Option(metavar="SCALE", help="Guidance scale.", show_default="as preview")] = None,
+    width: Annotated[int | None, typer.Option(metavar="N", help="Pixels across.", show_default="as preview")] = None,
+    height: Annotated[int | None, typer.Option(metavar="N", help="Pixels down.", show_default="as preview")] = None,
+    frames: Annotated[int | None, typer.Option(metavar="N", help="Frames of a clip.", show_default="as preview")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture that each prompt begins from.", show_default="none")] = None,
+    step: Annotated[
+        int | None, typer.Option("--checkpoint", metavar="STEP", help="Step of the checkpoint.", show_default="the newest")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder to write to.", show_default="RUN/samples/step-N")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """Sample pictures or clips with the weights of a run's checkpoint. Under torchrun, on its mesh."""
+    from diffpipe.cli.sample import sample_command
+
+    own = {"negative": negative, "image": None if image is None else str(image)}
+    preview = {"seed": seed, "steps": steps, "guidance": guidance, "width": width, "height": height, "frames": frames}
+    run_command(lambda: sample_command(run, prompt, own, preview, step, output, overrides))
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(metavar="OLD", help="Main config of diffusion-pipe (TOML).", show_default=False)],
     output: Annotated[

@@ -22,6 +22,7 @@ REFRESH = 2  # pictures a second: they take time of the process that trains
 KEYS: dict[str, tuple[Wish, str]] = {
     "s": ("save", "export"),
     "c": ("checkpoint", "checkpoint"),
+    "p": ("preview", "preview"),
     "x": ("stop", "checkpoint and stop"),
     "q": ("quit", "quit"),
 }
@@ -86,7 +87,9 @@ class Dashboard(Sink):
 
     def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
         keys = open_keys(self.pressed)
-        shown = "" if keys is None else ", ".join(f"{key} {what}" for key, (_, what) in KEYS.items())
+        previews = bool(run.config["preview"]["prompts"])
+        told = (f"{key} {what}" for key, (wish, what) in KEYS.items() if wish != "preview" or previews)
+        shown = "" if keys is None else ", ".join(told)
         with self.lock:
             self.view, self.keys, self.ask = View(run, shown), keys, ask
 

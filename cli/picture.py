@@ -84,7 +84,7 @@ class Painter:
         # By what matters most: what does not fit any more is left out.
         blocks = {
             "ranks": self.ranks(self.height - len(head) - 1),
-            "saved": [self.saved()],
+            "saved": self.saved(),
             "warned": self.warned(more),
             "evals": self.evals(more),
         }
@@ -167,14 +167,20 @@ class Painter:
         share = max(self.view.recent[-1].ranks[n].device_peak for n in group) / limit if limit else 0.0
         return "red" if share > 1 else "yellow" if share > 0.95 else ""
 
-    def saved(self) -> Text:
-        """The last file of each kind."""
+    def saved(self) -> list[Text]:
+        """The last file of each kind, in as few lines as they take."""
         said = {"checkpoint": "none yet", "export": "none yet"}
         for kind, (path, since) in self.view.written.items():
             # An export lies in a folder called by its step, a checkpoint is one.
             name = next((part for part in reversed(path.parts) if part.startswith("step-")), path.name)
             said[kind] = f"{name}, {duration(monotonic() - since)} ago"
-        return told(*said.items())
+        lines = [Text()]
+        for kind, what in said.items():
+            one = told((kind, what))
+            if lines[-1].cell_len + len(one.plain.rstrip()) > self.width:
+                lines.append(Text())
+            lines[-1].append_text(one)
+        return lines
 
     def warned(self, most: int) -> list[Text]:
         """The last warnings."""

@@ -196,16 +196,7 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
     state = read_state(path)
     files = open_files([path / name for name in state["files"]])
     held = joined(files)
-    trained = {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
-    for key, tensor in trained.items():
-        if key not in held or held[key].shape != tensor.shape:
-            found = f"has it as {tuple(held[key].shape)}" if key in held else "does not have it"
-            raise CheckpointError(
-                f"the config trains {key.removeprefix('model.')} {tuple(tensor.shape)}, the checkpoint {found}",
-                where=str(path),
-                fix="resume with the model and adapter sections that the run started with (config.yaml in the run folder)",
-            )
-        tensor.copy_(shard_of(realise(held[key]), tensor, tensor.device))
+    trained = _fill(module, held, path)
     own: dict[str, Tensor] = {}
     for key, tensor in held.items():
         section, _, name = key.partition(".")
@@ -216,6 +207,30 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
     restore_state(optimizer, own, on_host)
     _restore_random({k: realise(held[k]) for k in _random_states(mesh) if k in held}, mesh)
     return state
+
+
+def load_weights(path: Path, module: nn.Module) -> None:
+    """Fill what the part trains from a checkpoint, whatever mesh wrote it.
+
+    Raises:
+        CheckpointError: when the checkpoint does not hold it.
+    """
+    _fill(module, joined(open_files([path / name for name in read_state(path)["files"]])), path)
+
+
+def _fill(module: nn.Module, held: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Put weights of a checkpoint into the parameters that train; gives those by the names they have there."""
+    trained = {f"model.{n}": p.detach() for n, p in module.named_parameters() if p.requires_grad}
+    for key, tensor in trained.items():
+        if key not in held or held[key].shape != tensor.shape:
+            found = f"has it as {tuple(held[key].shape)}" if key in held else "does not have it"
+            raise CheckpointError(
+                f"the config trains {key.removeprefix('model.')} {tuple(tensor.shape)}, the checkpoint {found}",
+                where=str(path),
+                fix="resume with the model and adapter sections that the run started with (config.yaml in the run folder)",
+            )
+        tensor.copy_(shard_of(realise(held[key]), tensor, tensor.device))
+    return trained
 
 
 def read_state(path: Path) -> dict[str, Any]:

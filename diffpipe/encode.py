@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -19,10 +19,11 @@ from diffpipe.data.dataset import Sample, Samples
 from diffpipe.data.files import File
 from diffpipe.data.media import PIXELS
 from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Found, Remembered, scan
-from diffpipe.encoder import Claims, Encoder, ShowProgress, cache_folder, tasks_of, text_key
+from diffpipe.encoder import Claims, Encoder, ShowProgress, Task, cache_folder, tasks_of, text_key
 from diffpipe.errors import ConfigError, DiffpipeError, MediaError
 from diffpipe.metrics import Progress
 from diffpipe.models.base import DiffusionModel
+from diffpipe.prompts import Prompt, Prompts, entries_of
 
 T = TypeVar("T")
 
@@ -99,24 +100,13 @@ def prepare_data(
         DiffpipeError: on every rank alike: with ``on_error: fail``, one that lists all faults; when no sample is
             left; when the cache cannot be written.
     """
-    folder = cache_folder(config)
-    memory = Remembered(folder / "files.json")
+    memory = Remembered(cache_folder(config) / "files.json")
     found = look(config, model, folders, memory, rank, world, exchange, progress)
     entries, misplaced = place(found.clips, config, model, folders)
     if entries:
         _agree(exchange, lambda: fits({e.bucket for e in entries}))
-    cache = Cache(folder)
-    tasks = tasks_of(entries, model)
-    wanted = list(tasks)
-    missing = set(wanted) if again else cache.missing(wanted)
-    claims = Claims(folder, exchange(os.urandom(8).hex())[0])
-    encoder = Encoder(config, model, device, claims, rank, world, progress)
-    faults: dict[str, MediaError] = {}
-    for share in _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing])):
-        faults |= share
+    cache, missing, faults = _encoded(config, model, tasks_of(entries, model), device, rank, world, exchange, progress, again)
     _agree(exchange, lambda: memory.save(found.clips) if rank == 0 else None)
-    cache.refresh()
-    _agree(exchange, lambda: _settle(cache, claims) if rank == 0 else None)
     spoiled = {e.file: Dropped.of(e.file, faults[k]) for e in entries for k in (e.media, e.mask, e.control) if k in faults}
     kept = [e for e in entries if e.file not in spoiled]
     held = set(tasks_of(kept, model))
@@ -132,6 +122,53 @@ def prepare_data(
     )
     _judge(report, kept, config, held, cache)
     return make_samples(kept, cache, model), report
+
+
+def prepare_prompts(
+    config: Config,
+    model: DiffusionModel,
+    entries: Sequence[Prompt],
+    *,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    exchange: Exchange = lambda value: [value],
+    progress: ShowProgress = lambda p: None,
+) -> Prompts:
+    """The prompts, encoded where the cache does not hold them yet; all ranks call it together.
+
+    Raises:
+        DiffpipeError: on every rank alike, when a picture of a prompt cannot be used, or the cache cannot be written.
+    """
+    cache, _, faults = _encoded(config, model, entries_of(entries), device, rank, world, exchange, progress)
+    for fault in faults.values():
+        raise fault
+    return Prompts(entries, cache)
+
+
+def _encoded(
+    config: Config,
+    model: DiffusionModel,
+    tasks: Mapping[str, Task],
+    device: torch.device,
+    rank: int,
+    world: int,
+    exchange: Exchange,
+    progress: ShowProgress,
+    again: bool = False,
+) -> tuple[Cache, set[str], dict[str, MediaError]]:
+    """The cache with all tasks' entries; which it lacked before; and what of them could not be made, by key."""
+    folder = cache_folder(config)
+    cache = Cache(folder)
+    missing = set(tasks) if again else cache.missing(tasks)
+    claims = Claims(folder, exchange(os.urandom(8).hex())[0])
+    encoder = Encoder(config, model, device, claims, rank, world, progress)
+    faults: dict[str, MediaError] = {}
+    for share in _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing])):
+        faults |= share
+    cache.refresh()
+    _agree(exchange, lambda: _settle(cache, claims) if rank == 0 else None)
+    return cache, missing, faults
 
 
 def look(

@@ -7,12 +7,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffpipe.config.schema import Config
@@ -44,9 +45,9 @@ class Task:
     """One entry to make.
 
     Attributes:
-        kind: "media", "mask" or "text".
+        kind: "media", "mask", "text" or "negative", a text that samples are guided away from.
         sample: the first that needs it; for its control, as if that were its picture.
-        text: the caption.
+        text: the caption, or the prompt of a preview.
     """
 
     key: str
@@ -127,7 +128,11 @@ class _Decoder(Dataset[Any]):
                 assert entry.mask_file is not None
                 return index, read_mask(entry.mask_file, entry.bucket, self._geometry.spatial, (entry.source[1], entry.source[0]))
             fps = None if entry.start is None else self._geometry.fps
-            return index, read(entry.file, entry.bucket, fps, entry.start or 0.0)
+            pixels = read(entry.file, entry.bucket, fps, entry.start or 0.0)
+            if missing := entry.bucket.frames - pixels.shape[1]:
+                # A picture for a bucket of several frames begins a clip that is to be made: the others are grey.
+                pixels = nn.functional.pad(pixels, (0, 0, 0, 0, 0, missing))
+            return index, pixels
         except MediaError as fault:
             return index, fault
         except OSError as fault:
@@ -145,10 +150,10 @@ class Encoder:
 
     def run(self, tasks: Sequence[Task]) -> dict[str, MediaError]:
         """Do it; gives what could not be decoded, by key. The encoders are in memory only meanwhile."""
-        by_kind = {kind: [t for t in tasks if t.kind == kind] for kind in ("media", "mask", "text")}
+        by_kind = {kind: [t for t in tasks if t.kind == kind] for kind in ("media", "mask", "text", "negative")}
         if not tasks:
             return {}
-        encoders = self._model.load_encoders(self._device) if by_kind["media"] or by_kind["text"] else None
+        encoders: Any = self._model.load_encoders(self._device) if len(by_kind["mask"]) < len(tasks) else None
         faults: dict[str, MediaError] = {}
         try:
             fixes = ("data.encode_batch: 1", "smaller data.resolutions or data.frames", "a card with more memory")
@@ -159,7 +164,8 @@ class Encoder:
             ):
                 self._media(by_kind["media"], encoders, writer, faults)
                 self._masks(by_kind["mask"], writer, faults)
-                self._texts(by_kind["text"], encoders, writer)
+                self._texts(by_kind["text"], "captions", partial(self._model.encode_text, encoders), writer)
+                self._texts(by_kind["negative"], "negative prompts", partial(self._model.encode_negative, encoders), writer)
         finally:
             del encoders
             gc.collect()
@@ -185,15 +191,17 @@ class Encoder:
             writer.add(task.key, {"mask": mask})
             self._show("masks", 1, len(tasks))
 
-    def _texts(self, tasks: Sequence[Task], encoders: Any, writer: ShardWriter) -> None:
+    def _texts(self, tasks: Sequence[Task], kind: str, encode: Callable[[list[str]], Any], writer: ShardWriter) -> None:
+        if not tasks:
+            return
         step = self._config.data.encode_batch
-        for part in self._claims.take("captions", len(tasks)):
+        for part in self._claims.take(kind, len(tasks)):
             for first in range(part.start, part.stop, step):
                 group = tasks[first : min(first + step, part.stop)]
-                made = self._model.encode_text(encoders, [t.text for t in group])
+                made = encode([t.text for t in group])
                 for i, task in enumerate(group):
                     writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-                self._show("captions", len(group), len(tasks))
+                self._show(kind, len(group), len(tasks))
 
     def _decoded(self, tasks: Sequence[Task], kind: str, faults: dict[str, MediaError]) -> Iterator[tuple[Task, Tensor]]:
         """What this rank takes of the tasks, decoded by worker processes a little ahead of the encoder."""

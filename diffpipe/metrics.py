@@ -10,7 +10,7 @@ from time import monotonic
 from typing import Any, Literal, Protocol
 
 GIB = 1 << 30
-Wish = Literal["save", "checkpoint", "stop", "quit"]  # what a person may ask of a run
+Wish = Literal["save", "checkpoint", "preview", "stop", "quit"]  # what a person may ask of a run
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,26 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class PreviewRecord:
+    """One sampled picture or clip.
+
+    Attributes:
+        number: of its prompt, from 0.
+        path: a PNG or MP4 file.
+        thumbnail: the picture as PNG, or the clip as a small GIF.
+        height, width: in pixels.
+    """
+
+    step: int
+    number: int
+    prompt: str
+    path: Path
+    thumbnail: bytes
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a task is.
 
@@ -236,8 +256,11 @@ class Sink(Protocol):
     def best(self, step: int, loss: float) -> None:
         """The held-out loss behind a step is the lowest so far; its checkpoint is kept."""
 
+    def preview(self, record: PreviewRecord) -> None:
+        """A picture or clip was sampled."""
+
     def written(self, kind: str, path: Path) -> None:
-        """A checkpoint or an export is there."""
+        """A checkpoint, an export or a folder of previews is there."""
 
     def note(self, text: str) -> None:
         """Something that a person may want to know."""
@@ -273,6 +296,9 @@ class Sinks(Sink):
 
     def best(self, step: int, loss: float) -> None:
         self._each(lambda sink: sink.best(step, loss))
+
+    def preview(self, record: PreviewRecord) -> None:
+        self._each(lambda sink: sink.preview(record))
 
     def written(self, kind: str, path: Path) -> None:
         self._each(lambda sink: sink.written(kind, path))

@@ -28,6 +28,7 @@ class Request(Flag):
     EXPORT = auto()
     QUIT = auto()
     INTERRUPT = auto()
+    PREVIEW = auto()
 
 
 NOTHING = Request(0)

@@ -48,6 +48,10 @@ class Run:
         return self.folder / "exports"
 
     @property
+    def previews(self) -> Path:
+        return self.folder / "previews"
+
+    @property
     def tensorboard(self) -> Path:
         return self.folder / "tensorboard"
 

@@ -1,4 +1,4 @@
-"""Sinks that keep a run's numbers for programs that draw them: TensorBoard, and Weights & Biases where it is asked for."""
+"""Sinks that keep a run's numbers and previews for programs that draw them: TensorBoard, and Weights & Biases where it is asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from diffpipe.config.schema import WandbConfig
 from diffpipe.errors import ConfigError, DiffpipeError
-from diffpipe.metrics import GIB, EvalRecord, RunRecord, Sink, Split, StepRecord, Wish, by_tenth
+from diffpipe.metrics import GIB, EvalRecord, PreviewRecord, RunRecord, Sink, Split, StepRecord, Wish, by_tenth
 
 # Sections of the config that decide what is trained, or how fast.
 HYPERPARAMETERS = ("run", "mesh", "batch", "model", "objective", "adapter", "optimizer", "schedule", "data", "memory")
@@ -67,7 +67,7 @@ def settings(config: Mapping[str, Any], key: str = "") -> Iterator[tuple[str, bo
 
 
 class TensorBoardSink(Sink):
-    """Scalars, the loss by t as a histogram, and the config as hyperparameters, for TensorBoard.
+    """Scalars, the loss by t as a histogram, previews, and the config as hyperparameters, for TensorBoard.
 
     Args:
         folder: where its event files go.
@@ -106,6 +106,18 @@ class TensorBoardSink(Sink):
 
     def best(self, step: int, loss: float) -> None:
         self.writer.add_scalar(BEST, loss, step)
+
+    def preview(self, record: PreviewRecord) -> None:
+        from tensorboard.compat.proto import summary_pb2
+
+        proto: Any = summary_pb2
+        # What SummaryWriter.add_image makes of pixels; it takes no moving pictures.
+        image = proto.Summary.Image(height=record.height, width=record.width, colorspace=3, encoded_image_string=record.thumbnail)
+        about = proto.SummaryMetadata(summary_description=record.prompt)
+        assert self.writer.file_writer is not None
+        self.writer.file_writer.add_summary(
+            proto.Summary(value=[proto.Summary.Value(tag=f"preview/{record.number}", image=image, metadata=about)]), record.step
+        )
 
     def close(self) -> None:
         if self.records % HISTOGRAM_EVERY:
@@ -152,7 +164,7 @@ def check_wandb(config: WandbConfig | None) -> None:
 
 
 class WandbSink(Sink):
-    """The same numbers for Weights & Biases; its own files go into the run folder.
+    """The same for Weights & Biases; its own files go into the run folder.
 
     Raises:
         DiffpipeError: when the run cannot be opened there.
@@ -191,6 +203,13 @@ class WandbSink(Sink):
 
     def best(self, step: int, loss: float) -> None:
         self.run.log({"step": step, BEST: loss})
+
+    def preview(self, record: PreviewRecord) -> None:
+        import wandb
+
+        path = str(record.path)
+        shown = wandb.Image(path, caption=record.prompt) if record.path.suffix == ".png" else wandb.Video(path, caption=record.prompt)
+        self.run.log({"step": record.step, f"preview/{record.number}": shown})
 
     def close(self) -> None:
         self.run.finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from diffpipe.data.loader import Batch, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.description import describe
-from diffpipe.encode import cache_folder, prepare_data
+from diffpipe.encode import cache_folder, prepare_data, prepare_prompts
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.evaluation import Evaluation
 from diffpipe.export.run import check_formats, export_weights
@@ -38,6 +38,8 @@ from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.shard import local
 from diffpipe.pipeline.watch import Watch
+from diffpipe.previews import Previews
+from diffpipe.prompts import Prompt, Prompts, read_prompts
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.toy import materialize
@@ -85,7 +87,9 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         check_formats(config, model)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         forecast = open_forecast(config, model, mesh)
+        asked = mesh.decide(lambda: read_prompts(config, model))
         samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
+        prompts = open_prompts(config, model, mesh, sinks, asked)
         if forecast is not None:
             config = forecast.config
             for line in forecast.lines():
@@ -93,7 +97,7 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-        Trainer(config, mesh, run, sinks, model, samples, held_out, pipeline, forecast, tell).train()
+        Trainer(config, mesh, run, sinks, model, samples, held_out, prompts, pipeline, forecast, tell).train()
     except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
@@ -122,9 +126,12 @@ def cache(config: Config, *, make_sinks: MakeSinks, verify: bool = False, rebuil
             if verify:
                 for path in mesh.decide(lambda: Cache(folder).verify()):
                     sinks.note(f"damaged, removed: {path}")
-            samples, held_out = open_data(config, make_model(config.model, config.objective), mesh, sinks, again=rebuild)
+            model = make_model(config.model, config.objective)
+            asked = mesh.decide(lambda: read_prompts(config, model))
+            samples, held_out = open_data(config, model, mesh, sinks, again=rebuild)
+            prompts = open_prompts(config, model, mesh, sinks, asked)
             if prune:
-                used = set().union(*(s.keys() for s in (samples, *held_out.values())))
+                used = set().union(*(s.keys() for s in (samples, *held_out.values(), prompts)))
                 freed = mesh.decide(lambda: Cache(folder).prune(used))
                 sinks.note(f"removed {freed / (1 << 20):.1f} MiB that this config does not use from {folder}")
         finally:
@@ -178,6 +185,20 @@ def open_data(
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
 
 
+def open_prompts(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, entries: Sequence[Prompt]) -> Prompts:
+    """The prompts of previews, encoded first where the cache lacks them."""
+    return prepare_prompts(
+        config,
+        model,
+        entries,
+        rank=mesh.rank,
+        world=mesh.world,
+        exchange=mesh.exchange,
+        device=mesh.device,
+        progress=sinks.progress,
+    )
+
+
 class Trainer:
     """One run's loop: batches to steps, with evaluation, checkpoints and exports in between."""
 
@@ -190,6 +211,7 @@ class Trainer:
         model: DiffusionModel,
         samples: Samples,
         held_out: dict[str, Samples],
+        prompts: Prompts,
         pipeline: Pipeline,
         forecast: Forecast | None,
         tell: Tell,
@@ -224,6 +246,7 @@ class Trainer:
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
         self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
         self.watch = Watch(mesh, config.mesh.timeout, tell)
+        self.previews = Previews(config.preview, model, pipeline, prompts, sinks, self.watch) if len(prompts) else None
         self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
         self.evaluation = Evaluation(config, mesh, model, held_out, pipeline, sinks, self.watch, self._explained)
@@ -246,16 +269,18 @@ class Trainer:
             self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
             sources = [signals.take, self._asked_by_the_clock, *([wishes.take] if self.mesh.reporter else [])]
             try:
-                self._train(Requests(self.mesh, sources))
+                self._train(Requests(self.mesh, sources), signals.stopping.is_set)
             finally:
                 self.feed.close()
 
-    def _train(self, requests: Requests) -> None:
+    def _train(self, requests: Requests, stopping: Callable[[], bool]) -> None:
         config = self.config
         if self.run.resumed:
             self.evaluation.tell_best()
         else:
             self.evaluation.evaluate(self.step)
+            if config.preview.at_start:
+                self.preview(stopping)
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
@@ -274,6 +299,10 @@ class Trainer:
             if saves or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
                 self.save()
             ends = bool(asked & (Request.STOP | Request.QUIT))
+            # Behind the checkpoint, for they may take longer than a machine is left to a run.
+            previews = not ends and (last or _due(self.step, config.preview.every_steps) or _due(epochs, config.preview.every_epochs))
+            if previews or Request.PREVIEW in asked:
+                self.preview(stopping, asked=Request.PREVIEW in asked)
             if last or ends:
                 self._finish_saving(wait=True)
             if ends and not last:
@@ -397,6 +426,19 @@ class Trainer:
             paths = export_weights(self.config, self.model, self.module, self.mesh, folder, self.config.export.formats)
         for path in paths:
             self.sinks.written("export", path)
+
+    def preview(self, stopping: Callable[[], bool], asked: bool = False) -> None:
+        """Sample the prompts with the weights as they are.
+
+        Args:
+            stopping: whether a signal asks the run to stop, which must not wait for all of them.
+            asked: whether a person asked for it, who is told where there are no prompts.
+        """
+        if self.previews is not None:
+            self.sinks.doing("sampling previews")
+            self.previews.make(self.step, self.run.previews / f"step-{self.step:08d}", stopping)
+        elif asked:
+            self.sinks.note("no preview is made, for preview.prompts is empty")
 
     def _asked_by_the_clock(self) -> Request:
         """Whether a checkpoint is due by the clock of this rank; the first whose minutes are up asks for all."""

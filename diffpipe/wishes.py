@@ -13,17 +13,18 @@ from diffpipe.requests import NOTHING, Request
 REQUESTS: dict[Wish, Request] = {
     "save": Request.EXPORT,
     "checkpoint": Request.CHECKPOINT,
+    "preview": Request.PREVIEW,
     "stop": Request.CHECKPOINT | Request.STOP,
     "quit": Request.QUIT,
 }
-FILES: tuple[Wish, ...] = ("save", "checkpoint", "stop")
+FILES: tuple[Wish, ...] = ("save", "checkpoint", "preview", "stop")
 
 
 class Wishes:
     """Keeps what was asked for until the run takes it; on the rank that speaks for the run.
 
     Args:
-        folder: the run's; an empty file called save, checkpoint or stop asks for that, and goes when the run takes it.
+        folder: the run's; an empty file called save, checkpoint, preview or stop asks for that, and goes when the run takes it.
         note, warn: tell a person.
         every: seconds between two looks into the folder, which may lie on a slow network.
     """

@@ -12,6 +12,7 @@ from tests.test_train import arguments
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ASKED = {"mesh.stages": 1, "run.steps": 2, "eval.sets": "[]", "metrics.wandb": "{project: mine}"}
+SHOWN = {"preview.prompts": "[a square]", "preview.steps": 1}
 
 
 def test_a_run_is_recorded_without_its_key_being_written_anywhere(
@@ -22,11 +23,11 @@ def test_a_run_is_recorded_without_its_key_being_written_anywhere(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "home/wandb"))
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "home/wandb"))
-    command(*arguments(tmp_path / "run", **ASKED))
+    command(*arguments(tmp_path / "run", **ASKED, **SHOWN))
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
     (record,) = [p for p in files if p.suffix == ".wandb"]
     assert record.is_relative_to(tmp_path / "run")
-    for known in (b"train/loss_smoothed", b"time/compute", b"loss_by_t/", b"optimizer.lr"):
+    for known in (b"train/loss_smoothed", b"time/compute", b"loss_by_t/", b"optimizer.lr", b"preview/0"):
         assert known in record.read_bytes()
     assert not [p for p in files if KEY.encode() in p.read_bytes()]
 

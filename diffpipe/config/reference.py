@@ -21,6 +21,7 @@ EXAMPLES: dict[str, Any] = {
     "data.folders.path": "data/pictures",
     "eval.sets.name": "held-out",
     "eval.sets.folders.path": "data/held-out",
+    "preview.prompts.prompt": "a red circle on a white background",
     "optimizer.groups.match": "norm",
     "model.files": {"transformer": "models/flux1-dev.safetensors"},
     "model.merge.path": "loras/style.safetensors",

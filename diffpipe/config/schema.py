@@ -364,6 +364,65 @@ class EvalConfig(Section):
         return self
 
 
+class PromptConfig(Section):
+    prompt: str = Field(description="What is sampled.")
+    negative: str | None = Field(default=None, description="What it is guided away from; null is that of preview.")
+    seed: int | None = Field(default=None, ge=0, description="Decides its noise; null is that of preview.")
+    width: Positive | None = Field(default=None, description="Pixels across; null is that of preview.")
+    height: Positive | None = Field(default=None, description="Pixels down; null is that of preview.")
+    frames: Positive | None = Field(default=None, description="Frames of a clip; null is that of preview.")
+    image: Path | None = Field(
+        default=None,
+        description="Picture that it is made from, scaled and cropped to its size: a clip's first frame, or the picture before an edit."
+        " Only for families that take one; those need it.",
+    )
+
+
+def _prompts(given: Any) -> Any:
+    """A text alone stands for a prompt without further keys."""
+    return [{"prompt": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
+
+
+PromptList = Annotated[list[PromptConfig], BeforeValidator(_prompts, json_schema_input_type=list[PromptConfig | str])]
+
+
+class PreviewConfig(Section):
+    every_steps: Positive | None = Field(
+        default=None, description="Steps between previews; where there are prompts, they are always made at the end."
+    )
+    every_epochs: Positive | None = Field(default=None, description="Epochs between previews.")
+    at_start: bool = Field(default=False, description="Make them before the first step too.")
+    prompts: PromptList = Field(
+        default_factory=list,
+        description="What is sampled, with the weights as they are: texts, or prompts with keys of their own. They are encoded before"
+        " training, so a new one takes a resume.",
+    )
+    steps: Positive = Field(default=20, description="Steps from noise to a picture.")
+    guidance: float | None = Field(
+        default=None,
+        ge=0,
+        description="Guidance scale: classifier-free, or that of the guidance embedding (Flux dev, HunyuanVideo), by which"
+        " model.guidance is for training alone; null is what the family's pipeline in diffusers takes.",
+    )
+    negative: str | None = Field(
+        default=None,
+        description="What prompts are guided away from where they say nothing themselves; null is what the family's pipeline in diffusers"
+        " takes. Only for families with classifier-free guidance.",
+    )
+    seed: int = Field(default=0, ge=0, description="Decides the noise, which is drawn on the CPU and the same on any device and mesh.")
+    width: Positive | None = Field(
+        default=None, description="Pixels across; null is that of the squarest bucket of the data's largest resolution."
+    )
+    height: Positive | None = Field(default=None, description="Pixels down; null is that of the same bucket.")
+    frames: Positive | None = Field(default=None, description="Frames of a clip; null is that of the longest bucket.")
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> PreviewConfig:
+        if not self.prompts and (self.every_steps or self.every_epochs or self.at_start):
+            raise ValueError("every_steps, every_epochs and at_start are of no use without prompts; add some")
+        return self
+
+
 class CheckpointConfig(Section):
     every_steps: Positive | None = Field(default=None, description="Steps between checkpoints; one is always written at the end.")
     every_minutes: float | None = Field(default=None, gt=0, description="Minutes between checkpoints.")
@@ -511,6 +570,7 @@ class Config(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Learning rate over steps.")
     data: DataConfig = Field(description="What is trained on.")
     eval: EvalConfig = Field(default_factory=EvalConfig, description="Held-out loss.")
+    preview: PreviewConfig = Field(default_factory=PreviewConfig, description="Pictures and clips sampled while training.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="What a run needs to go on.")
     export: ExportConfig = Field(default_factory=ExportConfig, description="What a person takes away.")
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="Memory against time.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -100,6 +101,23 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:
         full = 65535.0 if top <= 65535 else float(2**31 - 1)
     return Image.fromarray(np.clip(np.nan_to_num(values) / full * 255 + 0.5, 0, 255).astype(np.uint8))
+
+
+def png(picture: np.ndarray) -> bytes:
+    """A picture H W 3 uint8 as a PNG file."""
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def gif(frames: np.ndarray, fps: float, most: int = 320) -> bytes:
+    """Frames F H W 3 uint8 as a moving picture for programs that show no video, its sides at most ``most`` pixels."""
+    shown = [Image.fromarray(frame) for frame in frames]
+    for picture in shown:
+        picture.thumbnail((most, most))
+    stream = io.BytesIO()
+    shown[0].save(stream, "GIF", save_all=True, append_images=shown[1:], duration=round(1000 / fps), loop=0)
+    return stream.getvalue()
 
 
 def crop_of(width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:

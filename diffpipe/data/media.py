@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from diffpipe.data import images, videos
+from diffpipe.data.cache import write_durably
 from diffpipe.data.files import File
-from diffpipe.errors import MediaError
+from diffpipe.errors import MediaError, told_of_disk
 
 if TYPE_CHECKING:
     from diffpipe.data.buckets import Bucket
@@ -92,6 +93,42 @@ def read(file: File, bucket: Bucket, fps: float | None = None, start: float = 0.
     else:
         pixels = _moving(file, bucket.frames, size, fps, start)
     return torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+@dataclass(frozen=True)
+class Written:
+    """A picture or clip in a file.
+
+    Attributes:
+        thumbnail: what programs that show no video have of it, as PNG or GIF.
+    """
+
+    path: Path
+    thumbnail: bytes
+
+
+def write(pixels: Tensor, fps: float | None, path: Path) -> Written:
+    """Pixels as a PNG, or an MP4 of several frames; whole or not at all.
+
+    Args:
+        pixels: C F H W, about in [-1, 1].
+        fps: rate of the frames; None where there is but one.
+        path: without a suffix.
+
+    Raises:
+        DiffpipeError: when it cannot be written.
+    """
+    frames = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).numpy()
+    if fps is None or len(frames) == 1:
+        suffix, content = ".png", images.png(frames[0])
+        thumbnail = content
+    else:
+        suffix, content, thumbnail = ".mp4", videos.mp4(frames, fps), images.gif(frames, fps)
+    file = path.with_name(path.name + suffix)
+    with told_of_disk(f"{file.name} cannot be written", str(path.parent), "free some space"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(file, content)
+    return Written(file, thumbnail)
 
 
 def read_mask(file: File, bucket: Bucket, cell: int, picture: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.flow import Key, timesteps
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
-from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_components, nowhere
+from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_component, load_components, nowhere
 from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers, to_original
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
 
@@ -105,6 +105,8 @@ class DiffusionModel(ABC):
     high_precision: ClassVar[tuple[str, ...]] = ()  # patterns of layers in blocks that are never kept in few bits: small modulation
     unused: ClassVar[frozenset[str]] = frozenset()  # components of the pipeline that neither encoding nor training needs
     takes_controls: ClassVar[bool] = False  # whether each picture is made from a control picture, as data.folders.controls has it
+    takes_image: ClassVar[bool] = False  # whether what is sampled is made from a picture, as preview.prompts.image has it
+    guided: ClassVar[Literal["classifier-free", "distilled"] | None] = None  # how samples are; None where none can be made yet
     # Keys of the config that this family gives a meaning to, beside those that all do.
     options: ClassVar[frozenset[str]] = frozenset()
 
@@ -159,14 +161,24 @@ class DiffusionModel(ABC):
 
     def load_encoders(self, device: torch.device) -> Encoders:
         """The VAE and the text encoders on ``device``, in evaluation mode, frozen."""
-        components = load_components(self.blueprint, self.trained, getattr(torch, self.config.dtype), device)
-        pipeline = self.make_pipeline({**components, **dict.fromkeys(self.trained)})
-        pipeline.set_progress_bar_config(disable=True)
-        return Encoders(pipeline, device)
+        return Encoders(self._pipeline_without(self.trained, device), device)
+
+    def load_decoder(self, device: torch.device) -> Encoders:
+        """The VAE alone on ``device``, as ``decode_media`` takes it; it works in tiles where it can."""
+        decoder = Encoders(self._pipeline_without(self.blueprint.keys() - {"vae"}, device), device)
+        if hasattr(decoder.vae, "enable_tiling"):
+            decoder.vae.enable_tiling()
+        return decoder
+
+    def _pipeline_without(self, absent: Collection[str], device: torch.device) -> Any:
+        components = load_components(self.blueprint, absent, getattr(torch, self.config.dtype), device)
+        return self.make_pipeline({**components, **dict.fromkeys(absent)})
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:
-        """The diffusers pipeline of these components."""
-        return getattr(diffusers_module(), self.pipeline)(**components)
+        """The diffusers pipeline of these components; None where one is not there."""
+        made = getattr(diffusers_module(), self.pipeline)(**components)
+        made.set_progress_bar_config(disable=True)
+        return made
 
     @abstractmethod
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
@@ -176,6 +188,10 @@ class DiffusionModel(ABC):
     def encode_text(self, encoders: Encoders, captions: Sequence[str]) -> Mapping[str, Tensor | list[Tensor]]:
         """Embeddings of ``captions`` at the family's fixed text length, first dim len(captions); where the length differs, a
         list of one tensor each, which ``align`` makes stackable."""
+
+    def encode_negative(self, encoders: Encoders, texts: Sequence[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """What samples are guided away from, as ``encode_text`` gives captions."""
+        return self.encode_text(encoders, texts)
 
     def decode_media(self, encoders: Encoders, latents: Tensor) -> Tensor:
         """Pixels B C F H W, about in [-1, 1], of ``latents`` as ``encode_media`` gives them, for a person to look at."""
@@ -397,6 +413,66 @@ class DiffusionModel(ABC):
         *frames, height, width = latents.shape[2:]
         patch = self.geometry.patch
         return timesteps(keys, self.objective, math.prod(frames) * (height // patch) * (width // patch))
+
+    # -- samples: noise to latents, by the loop of a diffusers pipeline ----------------------------------------------
+
+    def make_sampler(self, denoiser: nn.Module) -> Any:
+        """The diffusers pipeline whose loop samples, of a denoiser and the scheduler alone.
+
+        Args:
+            denoiser: what the loop calls for a prediction; answers as one of ``denoiser_class`` would.
+        """
+        absent = dict.fromkeys(self.blueprint.keys() - {"scheduler", self.component})
+        return self.make_pipeline({**absent, "scheduler": self.load_scheduler(), self.component: denoiser})
+
+    def load_scheduler(self) -> Any:
+        """The scheduler of the pipeline; another where the config trains for that.
+
+        Raises:
+            CheckpointError: when the pipeline has none.
+        """
+        if "scheduler" not in self.blueprint:
+            raise CheckpointError("its model_index.json names no scheduler", where="model.path", fix="take it from the released pipeline")
+        return load_component(self.blueprint["scheduler"], torch.float32, self.blueprint)
+
+    def released_denoiser(self) -> nn.Module:
+        """The denoiser as its pipeline knows it, on meta."""
+        from accelerate import init_empty_weights
+
+        with torch.random.fork_rng(devices=[]), init_empty_weights():
+            return self.denoiser_class().from_config(self.denoiser_config)
+
+    @property
+    def no_prompt(self) -> str | None:
+        """What a sample is guided away from where nobody says; None where the pipeline needs no text for that."""
+        return "" if self.guided == "classifier-free" else None
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the loop of ``make_sampler`` is called with beside sizes, noise and scales.
+
+        Args:
+            text: what ``encode_text`` gave for the prompt, first dim 1.
+            negative: the same of what it is guided away from; None where there is nothing.
+            shown: what ``encode_media`` gave for its picture, first dim 1; empty without one.
+        """
+        raise NotImplementedError(f"{self.name} has none, and must not say how it is guided")
+
+    def inputs_of(self, call: dict[str, Any], shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The inputs of ``forward``, as ``prepare`` gives them, for one call that the loop makes of the denoiser.
+
+        Args:
+            call: its arguments by name, B of all tensors being 1; what belongs to attention processors is left out.
+            shown: as for ``conditions``.
+        """
+        return call
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents B C h w or B C f h w as the loop has them."""
+        return latents
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        """What ``pack`` made of latents of the shape of ``like``, back."""
+        return packed
 
     # -- shapes, known before anything is encoded -------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class Chroma(DiffusionModel):
     denoiser = "ChromaTransformer2DModel"
     pipeline = "ChromaPipeline"
     originals = Originals(denoiser, original_shapes, repeats=("blocks", "distilled_guidance_layer"))
+    guided = "classifier-free"
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C h w, those of Flux."""
@@ -92,3 +93,16 @@ class Chroma(DiffusionModel):
 
     def spread(self, mask: Tensor, target: Tensor) -> Tensor:
         return flux.pack(mask.expand(-1, target.shape[-1] // 4, -1, -1))
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        """With boolean masks, as in training; those that the pipeline makes of ones and zeros mask nothing."""
+        given = {"prompt_embeds": text["text"], "prompt_attention_mask": text["attended"]}
+        if negative is not None:
+            given |= {"negative_prompt_embeds": negative["text"], "negative_prompt_attention_mask": negative["attended"]}
+        return given
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return flux.pack(latents)
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        return flux.unpack(packed, like)

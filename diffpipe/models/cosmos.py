@@ -57,7 +57,8 @@ def convert(checkpoint: dict[str, Tensor], config: Mapping[str, Any]) -> dict[st
 
 
 class NoChecker:
-    """Where the pipeline insists on NVIDIA's checker of what it generates: nothing is generated here."""
+    """Where the pipeline insists on NVIDIA's checker of what it generates: nothing is generated here. Its licence wants the checker
+    for what is, so this family has no previews until that is run on them."""
 
 
 class Cosmos(DiffusionModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from diffpipe.models.blueprint import CONFIGS, Blueprint, Component
 from diffpipe.models.converters import NOT_NETWORK, own_tensors, to_library_names
 from diffpipe.models.weights import open_file, open_folder, realise, unscale
 
+SMALLEST = 128  # pixels along the side of a tile: what is smaller shows seams
 ROLES = {"media": ("vae", "image_encoder", "image_processor"), "text": ("text_encoder", "tokenizer")}
 
 
@@ -46,6 +48,16 @@ def diffusers_module() -> Any:
 
     disable_progress_bar()
     return diffusers
+
+
+def halve_tiles(vae: Any) -> bool:
+    """Have a VAE that works in tiles take them of half the sides; whether it can."""
+    sides = {n: v for n, v in vars(vae).items() if re.fullmatch(r"tile_\w+_(min|stride)_(size|height|width)", n)}
+    if min((v for n, v in sides.items() if n.startswith("tile_sample_min")), default=0) < 2 * SMALLEST:
+        return False
+    for name, side in sides.items():
+        setattr(vae, name, side // 2)
+    return True
 
 
 def load_components(blueprint: Blueprint, without: Collection[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Flux(DiffusionModel):
     pipeline = "FluxPipeline"
     originals = Originals(denoiser, original_shapes, {"num_layers": 1, "num_single_layers": 1})
     options = frozenset({"model.guidance"})
+    guided = "distilled"
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C h w, the mode of the posterior: the same picture always gives the same latents."""
@@ -91,6 +92,15 @@ class Flux(DiffusionModel):
     def spread(self, mask: Tensor, target: Tensor) -> Tensor:
         return pack(mask.expand(-1, target.shape[-1] // 4, -1, -1))
 
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"prompt_embeds": text["text"], "pooled_prompt_embeds": text["pooled"]}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        return unpack(packed, like)
+
 
 def latents_of(encoders: Encoders, pixels: Tensor) -> Tensor:
     """B C h w, the mode of the posterior for pictures B C 1 H W, shifted and scaled as the VAE's config says."""
@@ -104,6 +114,13 @@ def pack(latents: Tensor) -> Tensor:
     count, channels, height, width = latents.shape
     cells = latents.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return cells.reshape(count, height // 2 * (width // 2), channels * 4)
+
+
+def unpack(tokens: Tensor, like: Tensor) -> Tensor:
+    """What ``pack`` made of latents of the shape of ``like``, back."""
+    count, channels, height, width = like.shape
+    cells = tokens.view(count, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return cells.reshape(count, channels, height, width)
 
 
 def positions(rows: int, columns: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ class FluxKontext(Flux):
     title = "Flux.1 Kontext dev"
     pipeline = "FluxKontextPipeline"
     takes_controls = True
+    takes_image = True
     unused = frozenset({"image_encoder", "feature_extractor"})
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
@@ -33,6 +34,18 @@ class FluxKontext(Flux):
         # The mean over all tokens is then that over the predicted ones.
         weight = beyond(torch.full((1, tokens, 1), (tokens + len(beside)) / tokens), len(beside))
         return inputs, [(beyond(target, len(beside)), weight)]
+
+    def make_pipeline(self, components: dict[str, Any]) -> Any:
+        made = super().make_pipeline(components)
+        made.latent_channels = self.blueprint["vae"].config[
+            "latent_channels"
+        ]  # by which it knows latents; it asks a VAE that may be absent
+        return made
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        height, width = (side * self.geometry.spatial for side in shown["latents"].shape[-2:])
+        # By default it makes pictures of 1024 x 1024 pixels' area, whatever size it is asked for.
+        return {**super().conditions(text, negative, shown), "image": shown["latents"], "max_area": height * width}
 
     def spread(self, mask: Tensor, target: Tensor) -> Tensor:
         own = super().spread(mask, target)

@@ -67,6 +67,7 @@ class HunyuanVideo(DiffusionModel):
     originals = Originals(denoiser, original_shapes)
     prefixes = ("model.model.", *DiffusionModel.prefixes)
     options = frozenset({"model.guidance"})
+    guided = "distilled"
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C f h w, the mode of the posterior, scaled; encoded in tiles, as the official code does."""
@@ -151,3 +152,6 @@ class HunyuanVideo(DiffusionModel):
             "guidance": torch.full((count,), 1000 * self.config.guidance),
         }
         return inputs, [(e - clean, None)]
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"prompt_embeds": text["text"], "pooled_prompt_embeds": text["pooled"], "prompt_attention_mask": text["text_mask"]}

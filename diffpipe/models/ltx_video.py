@@ -58,6 +58,7 @@ class LTXVideo(DiffusionModel):
     denoiser = "LTXVideoTransformer3DModel"
     pipeline = "LTXPipeline"
     originals = Originals(denoiser, original_shapes)
+    guided = "classifier-free"
 
     def component_config(self, component: Component) -> dict[str, Any]:
         return vae_config(component.config, file_shapes(component)) if component.name == "vae" else component.config
@@ -121,6 +122,23 @@ class LTXVideo(DiffusionModel):
 
     def spread(self, mask: Tensor, target: Tensor) -> Tensor:
         return mask.flatten(1).unsqueeze(2).repeat(1, target.shape[1] // mask[0].numel(), 1)  # the same in each latent frame
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        given = {"prompt_embeds": text["text"], "prompt_attention_mask": text["attended"]}
+        if negative is not None:
+            given |= {"negative_prompt_embeds": negative["text"], "negative_prompt_attention_mask": negative["attended"]}
+        return given
+
+    def inputs_of(self, call: dict[str, Any], shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        """With positions as in training, which are not the pipeline's from 0.9.5 on."""
+        sizes = {name: call.pop(name) for name in ("num_frames", "height", "width", "rope_interpolation_scale")}
+        return {**call, "video_coords": self.positions(sizes["num_frames"], sizes["height"], sizes["width"])}
+
+    def pack(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    def unpack(self, packed: Tensor, like: Tensor) -> Tensor:
+        return packed.transpose(1, 2).reshape(like.shape)
 
     def positions(self, frames: int, rows: int, columns: int) -> Tensor:
         """Seconds, pixels down and pixels across of each token, 1 3 (f h w).

@@ -42,6 +42,7 @@ class Lumina2(DiffusionModel):
     high_precision = (r"norm1\.linear",)  # modulation, a ninth of a block
     pipeline = "Lumina2Pipeline"
     originals = Originals(denoiser, original_shapes, repeats=("layers", "refiner"), ignored=(r"^norm_final\.weight$",))
+    guided = "classifier-free"
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:
         """``latents`` C h w, the mode of the posterior."""
@@ -52,6 +53,14 @@ class Lumina2(DiffusionModel):
         length = min(256, encoders.pipeline.tokenizer.model_max_length)
         text, mask, _, _ = encoders.pipeline.encode_prompt(
             list(captions), do_classifier_free_guidance=False, device=encoders.device, max_sequence_length=length
+        )
+        return {"text": text.cpu(), "text_mask": mask.bool().cpu()}
+
+    def encode_negative(self, encoders: Encoders, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Without the system prompt, as the pipeline has it."""
+        length = min(256, encoders.pipeline.tokenizer.model_max_length)
+        _, _, text, mask = encoders.pipeline.encode_prompt(
+            list(texts), negative_prompt=list(texts), device=encoders.device, max_sequence_length=length
         )
         return {"text": text.cpu(), "text_mask": mask.bool().cpu()}
 
@@ -90,3 +99,9 @@ class Lumina2(DiffusionModel):
             "encoder_attention_mask": batch["text_mask"],
         }
         return inputs, [(clean - e, None)]
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        given = {"prompt_embeds": text["text"], "prompt_attention_mask": text["text_mask"]}
+        if negative is not None:
+            given |= {"negative_prompt_embeds": negative["text"], "negative_prompt_attention_mask": negative["text_mask"]}
+        return given

@@ -121,6 +121,7 @@ class SDXL(DiffusionModel):
         ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), 2
     )
     process = "DDPM"
+    guided = "classifier-free"
     timesteps = "uniform"
     options = frozenset(
         {
@@ -188,9 +189,12 @@ class SDXL(DiffusionModel):
         """One chunk, of a caption of up to 75 tokens."""
         if self.config.train_text_encoders:
             return {"tokens": torch.zeros(1, 2, 77, dtype=torch.int64)}
+        return {"text": torch.zeros(1, 77, self.denoiser_config["cross_attention_dim"]), "pooled": torch.zeros(self._pooled())}
+
+    def _pooled(self) -> int:
+        """How wide a pooled caption is."""
         unet = self.denoiser_config
-        pooled = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
-        return {"text": torch.zeros(1, 77, unet["cross_attention_dim"]), "pooled": torch.zeros(pooled)}
+        return unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
 
     def align(self, rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Captions of fewer chunks than the step's longest go on with empty ones."""
@@ -248,6 +252,40 @@ class SDXL(DiffusionModel):
         """As for models of 2 x 2 cells a token: a UNet has none that its resolution shift could count."""
         height, width = latents.shape[2:]
         return timesteps(keys, self.objective, height // 2 * (width // 2))
+
+    def load_scheduler(self) -> Any:
+        """That of the released pipeline, for what the config trains the model to predict."""
+        released = super().load_scheduler()
+        changes: dict[str, Any] = {"prediction_type": "v_prediction"} if self.prediction == "v" else {}
+        if self.zero_terminal_snr:
+            # Sampling must begin at the last step, which is pure noise.
+            changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return type(released).from_config(released.config, **changes)
+
+    @property
+    def no_prompt(self) -> str | None:
+        """The pipeline takes zeros for embeddings, but none of tokens, which trained text encoders embed."""
+        return "" if self.config.train_text_encoders else None
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        for prefix, own in (("", text), ("negative_", negative)):
+            if own is None:
+                continue
+            if self.config.train_text_encoders:
+                # Tokens go through the loop in the place of embeddings: numbers that float32 holds exactly.
+                tokens = own["tokens"].flatten(2).float()
+                given |= {f"{prefix}prompt_embeds": tokens, f"{prefix}pooled_prompt_embeds": torch.zeros(len(tokens), self._pooled())}
+            else:
+                given |= {f"{prefix}prompt_embeds": own["text"].flatten(1, 2), f"{prefix}pooled_prompt_embeds": own["pooled"]}
+        return given
+
+    def inputs_of(self, call: dict[str, Any], shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        added, text = call["added_cond_kwargs"], call["encoder_hidden_states"]
+        inputs = {"sample": call["sample"], "timestep": call["timestep"].view(-1), "time_ids": added["time_ids"]}
+        if self.config.train_text_encoders:
+            return {**inputs, "tokens": text.long().unflatten(2, (2, -1))}
+        return {**inputs, "text": text, "pooled": added["text_embeds"]}
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"].float()

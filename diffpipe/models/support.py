@@ -32,6 +32,7 @@ def _row(family: type[DiffusionModel]) -> Row:
         "size multiple": str(shape.multiple),
         "objective": family.process,
         "trains": "denoiser, text encoders" if "model.train_text_encoders" in family.options else "denoiser",
+        "previews": f"{family.guided} guidance" if family.guided else "not yet",
         "trained as": ", ".join([*adapters, "all weights"]),
         "read": "diffusers folders; single files under " + ("original (ComfyUI's) or diffusers' names" if single else "diffusers' names"),
         "types read": "float32, bfloat16, float16, fp8 (plain or scaled, trained on as it is with `memory.quantize: fp8`)",

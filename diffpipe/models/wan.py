@@ -46,6 +46,7 @@ class Wan(DiffusionModel):
     denoiser = "WanTransformer3DModel"
     pipeline = "WanPipeline"
     originals = Originals(denoiser, original_shapes)
+    guided = "classifier-free"
 
     def other_family(self, config: Mapping[str, Any]) -> str | None:
         return "wan-i2v" if config.get("image_dim") else None
@@ -103,6 +104,9 @@ class Wan(DiffusionModel):
         e = noise(keys, clean.shape[1:])
         inputs = {"hidden_states": mix(clean, e, t), "timestep": 1000 * t, "encoder_hidden_states": batch["text"].float()}
         return inputs, [(e - clean, None)]
+
+    def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"prompt_embeds": text["text"], "negative_prompt_embeds": negative and negative["text"]}
 
 
 def statistics(vae: Any, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpipe.flow import Key
 from diffpipe.models.base import Targets
@@ -34,6 +34,7 @@ class WanI2V(Wan):
     title = "Wan2.1 i2v 14B 480p, 720p"
     pipeline = "WanImageToVideoPipeline"
     originals = Originals(Wan.denoiser, image_shapes)
+    takes_image = True
 
     def other_family(self, config: Mapping[str, Any]) -> str | None:
         return "wan" if config["in_channels"] == config["out_channels"] else None
@@ -57,10 +58,23 @@ class WanI2V(Wan):
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         inputs, targets = super().prepare(batch, keys)
-        condition = batch["condition"].float()
+        return self.inputs_of(inputs, batch), targets
+
+    def make_sampler(self, denoiser: nn.Module) -> Any:
+        """That of text to video: the loop is the same, and the one of image to video would encode the picture itself."""
+        from diffusers import WanPipeline
+
+        absent = dict.fromkeys(("tokenizer", "text_encoder", "vae"))
+        components: dict[str, Any] = {**absent, "scheduler": self.load_scheduler(), "transformer": denoiser}
+        made: Any = WanPipeline(**components)
+        made.set_progress_bar_config(disable=True)
+        return made
+
+    def inputs_of(self, call: dict[str, Any], shown: Mapping[str, Tensor]) -> dict[str, Any]:
+        """With the first frame beside the noisy latents."""
+        condition = shown["condition"].float()
         # One channel for each frame of a latent frame. The first frame fills all of its own latent frame's.
         mask = torch.zeros_like(condition[:, :1]).repeat(1, self.geometry.temporal, 1, 1, 1)
         mask[:, :, 0] = 1
-        inputs["hidden_states"] = torch.cat([inputs["hidden_states"], mask, condition], 1)
-        inputs["encoder_hidden_states_image"] = batch["image"].float()
-        return inputs, targets
+        beside = torch.cat([call["hidden_states"], mask, condition], 1)
+        return {**call, "hidden_states": beside, "encoder_hidden_states_image": shown["image"].float()}

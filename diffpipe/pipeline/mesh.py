@@ -28,6 +28,7 @@ T = TypeVar("T")
 # A stage may wait while another reads 28 GB of weights from a slow disk.
 PATIENCE = timedelta(minutes=60)
 MEETING = timedelta(minutes=10)  # for all processes to be there
+DIMS = 8  # that a tensor has at most
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,36 @@ class Mesh:
     def sum_over_stages(self, tensor: Tensor) -> None:
         """Replace a tensor that every stage has, or a shard of it, by its sum."""
         dist.all_reduce(local(tensor), group=self.stage_group)
+
+    def any_partner(self, flag: bool) -> bool:
+        """Whether it is set on any rank that this one computes with: the stages of its pipeline, or all where weights are shared."""
+        if self.shards > 1:
+            return bool(self.largest(float(flag))[0])
+        if self.stages == 1:
+            return flag
+        told = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.stage_group)
+        return bool(told)
+
+    def from_last_stage(self, tensor: Tensor | None) -> Tensor:
+        """A float32 tensor that the last stage of this pipeline has, on each of its stages.
+
+        Args:
+            tensor: None on the other stages, which need not know its shape.
+        """
+        if self.stages == 1:
+            assert tensor is not None
+            return tensor
+        shape = torch.zeros(DIMS, dtype=torch.int64, device=self.device)
+        if tensor is not None:
+            shape[: tensor.ndim] = torch.tensor(tensor.shape)
+        source = dist.get_global_rank(self.stage_group, self.stages - 1)
+        dist.broadcast(shape, source, group=self.stage_group)
+        if tensor is None:
+            tensor = torch.empty([n for n in shape.tolist() if n], device=self.device)
+        whole = tensor.contiguous()
+        dist.broadcast(whole, source, group=self.stage_group)
+        return whole
 
     def mean_over_replicas(self, tensors: Sequence[Tensor], chunk: int = 1 << 26) -> None:
         """Replace each tensor by its mean over the replicas, in flat chunks of about ``chunk`` bytes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -100,6 +100,26 @@ class Pipeline:
         self._set_mode(training=False)
         return self._run(microbatches, lambda schedule, **given: schedule.eval(**given))
 
+    @torch.no_grad()
+    def predict(self, microbatches: Sequence[dict[str, Any]]) -> Tensor:
+        """What the model gives for inputs of one shape, without dropout and without gradients; all ranks of a pipeline call it.
+
+        Returns:
+            The first of its outputs, float32, of all microbatches along the first dim; on every stage.
+
+        Raises:
+            torch.OutOfMemoryError: on every stage, where the memory of any ran out; all can go on. With weights that are shared among
+                ranks it cannot be met, and is raised on the stage alone.
+        """
+        self._set_mode(training=False)
+        self._run([(inputs, []) for inputs in microbatches], lambda schedule, **given: schedule.eval(**given))
+        made, said = self.stage.predictions, self.stage.shortage
+        self.stage.predictions, self.stage.shortage = {}, None
+        if self.mesh.any_partner(said is not None):
+            self.memory.settle()  # it was left in the middle of a step
+            raise torch.OutOfMemoryError(said or "another stage has no memory left")
+        return self.mesh.from_last_stage(torch.cat([made[number] for number in sorted(made)]) if made else None)
+
     def _set_mode(self, training: bool) -> None:
         if self.stage.training != training:  # which goes through thousands of modules
             self.stage.train(training)
@@ -111,7 +131,8 @@ class Pipeline:
         after = NOTHING if last else borders[mesh.stage]
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
-        self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused)
+        instead = (after.tensors or (torch.empty((), device="meta"),)) if not moved[0][1] and self.shards is None else None
+        self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused, instead)
         self.stage.losses = {}
         self.memory.begin(len(microbatches))
         with self.shards.step() if self.shards is not None else nullcontext():

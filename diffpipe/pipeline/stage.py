@@ -26,6 +26,7 @@ class StepInputs:
         layout: the structure of arriving payloads.
         arriving, leaving: the ragged dim of each tensor that crosses, None where none is.
         unused: for each microbatch, how much shorter than on the wire those dims are.
+        instead: what leaves, zeros in its place, where memory runs out: other stages wait for this one. None where that ends the step.
     """
 
     microbatches: list[tuple[dict[str, Any], Targets]] = field(default_factory=list)
@@ -33,6 +34,7 @@ class StepInputs:
     arriving: tuple[int | None, ...] = ()
     leaving: tuple[int | None, ...] = ()
     unused: list[int] = field(default_factory=list)
+    instead: tuple[Tensor, ...] | None = None
 
 
 class _Wire(torch.autograd.Function):
@@ -57,17 +59,21 @@ class Stage(nn.Module):
         clock: time spent in this stage's forward and backward passes.
         on_last_backward: called as the backward pass of the step's last microbatch begins; they come in the order of microbatches.
         losses: of each sample, by microbatch of the step; on the last stage.
+        predictions: what the model gave for microbatches without targets, by number; on the last stage.
+        shortage: what was said when memory ran out and zeros went on; None where it did not.
     """
 
     def __init__(
         self, part: Part, precision: Callable[[], AbstractContextManager[Any]], device: torch.device, objective: ObjectiveConfig
     ) -> None:
         super().__init__()
-        self.part, self.precision, self.objective = part, precision, objective
+        self.part, self.precision, self.device, self.objective = part, precision, device, objective
         self.inputs = StepInputs()
         self.clock = Clock(device)
         self.on_last_backward: Callable[[], None] = lambda: None
         self.losses: dict[int, Tensor] = {}
+        self.predictions: dict[int, Tensor] = {}
+        self.shortage: str | None = None
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What crosses to the next stage; on the last the microbatch's share of the step's loss, whose shape is always known."""
@@ -78,10 +84,22 @@ class Stage(nn.Module):
         backward_begins = partial(self._backward_begins, number)
         arrived = tuple(_Wire.apply(t, self.clock.stop) if t.requires_grad else t for t in payload)
         arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
-        with self.precision():
-            sent, _ = self.part(arrived, self.inputs.layout, inputs)
+        try:
+            with self.precision():
+                sent, _ = self.part(arrived, self.inputs.layout, inputs)
+        except torch.OutOfMemoryError as fault:
+            if self.inputs.instead is None:
+                raise
+            self.shortage = str(fault)
+            self.clock.stop()
+            zeros = tuple(torch.zeros(t.shape, dtype=t.dtype, device=self.device) for t in self.inputs.instead)
+            return zeros[0] if self.part.last else zeros
+        if self.part.last and not targets:
+            self.predictions[number] = sent[0].float()
+            self.clock.stop()
+            return sent[0].new_zeros(())
         if self.part.last:
-            return self._share(sent, targets, int(microbatch), backward_begins)
+            return self._share(sent, targets, number, backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
         out = tuple(_Wire.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
         self.clock.stop()

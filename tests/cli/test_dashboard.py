@@ -22,7 +22,8 @@ def shown(width: int, height: int, stages: int = 2, replicas: int = 1, encoding:
     console = Console(file=file, force_terminal=True, width=width, height=height, legacy_windows=False, color_system=None)
     board = Dashboard(console)
     places = tuple(Place(s, r, "a card", 12 * GIB, 64 * GIB) for s in range(stages) for r in range(replicas))
-    board.begin(RunRecord("20260101-120000", "Wan2.1, LoRA of rank 16", places, {}), lambda wish: None)
+    config = {"preview": {"prompts": ["a cat"]}}
+    board.begin(RunRecord("20260101-120000", "Wan2.1, LoRA of rank 16", places, config), lambda wish: None)
     ranks = tuple(RankRecord(p.stage, p.replica, SPLIT, (10 + p.stage) * GIB, 3 * GIB) for p in places)
     for n in range(40):
         pairs = tuple((i / 10 + 0.05, 1.0 + i) for i in range(10))
@@ -31,6 +32,7 @@ def shown(width: int, height: int, stages: int = 2, replicas: int = 1, encoding:
     board.evaluation(EvalRecord(40, "held-out", 1.5))
     board.best(40, 1.5)
     board.written("checkpoint", Path("checkpoints/step-00000040"))
+    board.written("preview", Path("previews/step-00000038"))
     board.warn("the data's order starts anew")
     assert board.view is not None
     board.close()
@@ -62,6 +64,7 @@ def test_80_columns_hold_all_that_is_asked_of_a_dashboard() -> None:
         "11.00 of 12.0",
         "checkpoint step-00000040",
         "export none yet",
+        "preview step-00000038",
         "eval held-out 1.5000",
         "best checkpoint 1.5000   at step 40",
         "warning: the data's order starts anew",

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.test_train import PROGRAM, arguments
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="opens a terminal as POSIX has them")
-LONG = {"run.steps": 100000, "checkpoint.every_steps": 100000, "eval.sets": "[]"}
+LONG = {"run.steps": 100000, "checkpoint.every_steps": 100000, "eval.sets": "[]", "preview.prompts": "[a square]", "preview.steps": 1}
 READER = """
 import time
 from diffpipe.cli.keys import open_keys
@@ -122,6 +122,8 @@ def test_keys_export_checkpoint_and_stop_a_run_of_two_stages_and_the_terminal_is
     shown.wait_for(lambda: shown.settings() != shown.found, "reading of keys, one by one")
     shown.press("s")
     shown.wait_for_text("export ")
+    shown.press("p")
+    shown.wait_for(lambda: list((run / "previews").glob("*/00.png")), "a preview")
     shown.press("c")
     shown.wait_for(lambda: list_checkpoints(run / "checkpoints"), "a checkpoint")
     shown.press("q")
@@ -158,8 +160,8 @@ def test_files_in_the_run_folder_ask_for_the_same_where_there_is_no_terminal(hom
         text=True,
     )
     assert process.stdout is not None
-    wishes = iter(["save", "checkpoint", "stop"])
-    wish, answers = "", {"save": "export ", "checkpoint": "checkpoint ", "stop": "ended behind step"}
+    wishes = iter(["save", "checkpoint", "preview", "stop"])
+    wish, answers = "", {"save": "export ", "checkpoint": "checkpoint ", "preview": f"preview {home}", "stop": "ended behind step"}
     run = Path()
     for line in process.stdout:
         assert "\x1b" not in line, "a log has no control codes"
@@ -174,5 +176,5 @@ def test_files_in_the_run_folder_ask_for_the_same_where_there_is_no_terminal(hom
     process.stdout.read()
     assert process.wait(60) == 0
     told = re.findall(r"^(\w+): asked for by the file", (run / "log.txt").read_text(), re.M)
-    assert told == ["save", "checkpoint", "stop"]
+    assert told == ["save", "checkpoint", "preview", "stop"]
     assert len(list_checkpoints(run / "checkpoints")) == 2 and len(list((run / "exports").iterdir())) == 1

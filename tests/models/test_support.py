@@ -45,6 +45,11 @@ def test_rows_say_what_is_known_of_released_models() -> None:
     assert wan["written"] == flux["written"] == "diffusers, comfyui, kohya (adapters)"
     assert {f: row(f)["objective"] for f in ("cosmos", "sdxl")} == {"cosmos": "EDM", "sdxl": "DDPM"}
     assert row("sdxl")["trains"] == "denoiser, text encoders"
+    assert [row(family)["previews"] for family in ("cosmos", "flux", "wan")] == [
+        "not yet",
+        "distilled guidance",
+        "classifier-free guidance",
+    ]
     assert wan["trained as"] == "LoRA, DoRA, LoKr, all weights"
 
 

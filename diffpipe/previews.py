@@ -1,0 +1,154 @@
+"""Previews: what the prompts of a config become with the weights as they are, as files and for sinks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from copy import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffpipe.config.schema import PreviewConfig
+from diffpipe.data.media import write
+from diffpipe.errors import DiffpipeError, ShortageError
+from diffpipe.metrics import PreviewRecord, Progress, Sinks
+from diffpipe.models.base import DiffusionModel
+from diffpipe.models.encoders import Encoders, halve_tiles
+from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.watch import Watch
+from diffpipe.prompts import Prompts
+from diffpipe.sampling import Interrupted, Sampler
+
+FIXES = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")
+
+
+class Previews:
+    """Samples all prompts: replicas take turns with them, and the rank that speaks for the run decodes what comes out.
+
+    What cannot be made, for want of memory or of space on the disk, is left out with a warning. Random numbers are those of the
+    prompts' seeds; training's are not touched.
+
+    Args:
+        watch: is told that ranks get on.
+    """
+
+    def __init__(
+        self,
+        config: PreviewConfig,
+        model: DiffusionModel,
+        pipeline: Pipeline,
+        prompts: Prompts,
+        sinks: Sinks,
+        watch: Watch,
+    ) -> None:
+        self.config, self.model, self.mesh, self.prompts, self.sinks, self.watch = config, model, pipeline.mesh, prompts, sinks, watch
+        self.sampler = Sampler(model, pipeline, watch.tick)
+        self.left_out = 0
+
+    def make(self, step: int, folder: Path, stop: Callable[[], bool] = lambda: False) -> list[DiffpipeError]:
+        """Write a file for each prompt into ``folder``; all ranks call it.
+
+        Args:
+            stop: whether the run is to end, so that the rest is given up.
+
+        Returns:
+            Why prompts were left out, on the rank that speaks for the run; nothing on the others.
+        """
+        with torch.random.fork_rng([self.mesh.device] if self.mesh.device.type == "cuda" else []):
+            found: dict[int, Tensor | DiffpipeError] = {}
+            for share in self.mesh.exchange(self._sampled(stop)):
+                found |= share
+            if not self.mesh.reporter:
+                return []
+            with self.watch.patient():
+                written, faults = self._shown(step, found, folder, stop)
+        if written + len(faults) < len(self.prompts):
+            self.sinks.note(f"previews of step {step} were given up, for the run is to end")
+        for number, fault in sorted(faults.items()):
+            self.left_out += 1
+            self.sinks.warn(f"preview {number} of step {step} is left out ({self.left_out} so far): {fault}")
+        if written:
+            self.sinks.written("preview", folder)
+        return [faults[number] for number in sorted(faults)]
+
+    def _sampled(self, stop: Callable[[], bool]) -> dict[int, Tensor | DiffpipeError]:
+        """Latents by the number of the prompt, or why there are none: of this replica's share, on its last stage."""
+        mesh, count = self.mesh, len(self.prompts)
+        own = list(range(mesh.replica, count, mesh.replicas))
+        # Ranks that gather weights together sample as often as each other; what one has too few of, it samples for nothing.
+        spare = [0] if mesh.shards > 1 and len(own) < len(range(0, count, mesh.replicas)) else []
+        made: dict[int, Tensor | DiffpipeError] = {}
+        for done, number in enumerate(own + spare):
+            prompt = self.prompts[number]
+            self.sinks.progress(Progress("preview", done, len(own)))
+            try:
+                with explained(f"preview {number}, {prompt.bucket}, on stage {mesh.stage}", mesh.device, FIXES):
+                    latents = self.sampler.sample(self.prompts.conditions(number), self.config, stop)
+            except Interrupted:
+                break
+            except ShortageError as fault:
+                if mesh.shards > 1:  # the others wait for the weights that this rank was to gather with them
+                    raise
+                made[number] = copy(fault)  # without the frames of its traceback, which hold what lies on the device
+            else:
+                made |= {number: latents} if done < len(own) else {}
+            _free(mesh.device)
+        self.sinks.progress(Progress("preview", len(own), len(own)))
+        return made if mesh.stage == mesh.stages - 1 else {}
+
+    def _shown(
+        self, step: int, found: Mapping[int, Tensor | DiffpipeError], folder: Path, stop: Callable[[], bool]
+    ) -> tuple[int, dict[int, DiffpipeError]]:
+        """Decode, write and tell of what was sampled; the VAE is in memory only meanwhile.
+
+        Returns:
+            How many files there are, and why others could not be.
+        """
+        count = 0
+        faults: dict[int, DiffpipeError] = {}
+        decoder: Encoders | None = None
+        for number, latents in sorted(found.items()):
+            prompt = self.prompts[number]
+            if stop():
+                break
+            try:
+                if isinstance(latents, DiffpipeError):
+                    raise latents
+                decoder = decoder or self._decoder()
+                torch.manual_seed(prompt.seed)  # some decoders add noise
+                (pixels,) = self._decoded(latents, decoder, f"decoding preview {number}, {prompt.bucket}")
+                written = write(pixels, self.model.geometry.fps, folder / f"{number:02d}")
+            except DiffpipeError as fault:
+                faults[number] = copy(fault)
+                continue
+            count += 1
+            height, width = prompt.bucket.height, prompt.bucket.width
+            self.sinks.preview(PreviewRecord(step, number, prompt.text, written.path, written.thumbnail, height, width))
+        del decoder
+        _free(self.mesh.device)
+        return count, faults
+
+    def _decoder(self) -> Encoders:
+        with explained("loading the VAE for previews", self.mesh.device, FIXES):
+            return self.model.load_decoder(self.mesh.device)
+
+    def _decoded(self, latents: Tensor, decoder: Encoders, doing: str) -> Tensor:
+        """Pixels; in smaller tiles, from then on, where there is no memory for larger ones."""
+        while True:
+            try:
+                with explained(doing, self.mesh.device, FIXES), torch.inference_mode():
+                    return self.model.decode_media(decoder, latents)
+            except ShortageError:
+                if not halve_tiles(decoder.vae):
+                    raise
+            _free(self.mesh.device)
+
+
+def _free(device: torch.device) -> None:
+    """Give back what training is to have."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,103 @@
+"""Pictures and clips from a checkpoint of an earlier run, on any mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffpipe.checkpoint import damage, load_weights
+from diffpipe.config.load import load_config, validate
+from diffpipe.config.schema import Config
+from diffpipe.encode import prepare_prompts
+from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
+from diffpipe.forecast import open_forecast
+from diffpipe.metrics import Progress, Sink, Sinks
+from diffpipe.models import make_model
+from diffpipe.pipeline.build import build
+from diffpipe.pipeline.memory.planner import is_open
+from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.pipeline.watch import Watch
+from diffpipe.previews import FIXES, Previews
+from diffpipe.prompts import read_prompts
+from diffpipe.run import CONFIG, checkpoint_of
+
+
+def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> Config:
+    """A run's config, for sampling.
+
+    Args:
+        run: its folder.
+        prompts: as ``preview.prompts`` has them, in the place of those there; none leaves them.
+        changes: of other keys of ``preview``.
+
+    Raises:
+        ConfigError: when the run is not there, or a value cannot be.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
+    raw = load_config(run / CONFIG, overrides).model_dump(mode="json")
+    raw["preview"] |= {**({"prompts": list(prompts)} if prompts else {}), **changes}
+    if not raw["preview"]["prompts"]:
+        raise ConfigError("nothing says what to sample", where="--prompt", fix="name a prompt; the run has no preview.prompts")
+    return validate(raw, "the run's config with these options")
+
+
+def sample_run(
+    run: Path,
+    config: Config,
+    *,
+    step: int | None,
+    output: Path | None,
+    make_sinks: Callable[[], list[Sink]],
+    tell: Callable[[DiffpipeError], None],
+) -> None:
+    """Write what the prompts of ``config`` become with the weights that a run had at a checkpoint.
+
+    Args:
+        run: its folder.
+        config: of ``config_of``.
+        step: which checkpoint; None takes the newest.
+        output: the folder to write to; None is ``samples/step-N`` in the run.
+        make_sinks: makes what shows a person how far it is; called on one rank.
+        tell: shows why this process is ended, when another is gone.
+
+    Raises:
+        DiffpipeError: on every rank, when any of them cannot be made; the others are written.
+    """
+    checkpoint = checkpoint_of(run, step)
+    with open_mesh(config.mesh, config.model_dump(mode="json")) as mesh:
+        sinks = Sinks(make_sinks() if mesh.reporter else [])
+        try:
+            if found := damage(checkpoint, mesh):
+                raise CheckpointError(f"is damaged: {found}", where=str(checkpoint), fix="take an older checkpoint")
+            model = make_model(config.model, config.objective)
+            entries = mesh.decide(lambda: read_prompts(config, model))
+            prompts = prepare_prompts(
+                config,
+                model,
+                entries,
+                rank=mesh.rank,
+                world=mesh.world,
+                exchange=mesh.exchange,
+                device=mesh.device,
+                progress=sinks.progress,
+            )
+            if is_open(config.memory) and (forecast := open_forecast(config, model, mesh)) is not None:
+                forecast.settle({entry.bucket for entry in entries})
+                config = forecast.config
+            with explained(f"the weights of stage {mesh.stage}", mesh.device, FIXES):
+                pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
+            load_weights(checkpoint, pipeline.stage.part.model)
+            with Watch(mesh, config.mesh.timeout, tell) as watch:
+                previews = Previews(config.preview, model, pipeline, prompts, sinks, watch)
+                faults = previews.make(int(checkpoint.name.removeprefix("step-")), output or run / "samples" / checkpoint.name)
+            mesh.decide(lambda: _complain(faults))
+        finally:
+            sinks.close()
+
+
+def _complain(faults: Sequence[DiffpipeError]) -> None:
+    for fault in faults:
+        raise fault
