@@ -353,7 +353,6 @@ class Trainer:
     def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""
         gradients, counted = self.pipeline.gradients()
-        self.mesh.mean_over_replicas(gradients)
         return gradients, self.mesh.gradient_norm(counted, self.release.square())
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:
