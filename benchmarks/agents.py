@@ -45,10 +45,10 @@ SETTINGS = {
 class Agent:
     """A torchrun with its processes, in a session of its own."""
 
-    def __init__(self, node: Node, output: Path, endpoint: str, log: Path, *more: str) -> None:
+    def __init__(self, node: Node, output: Path, log: Path, *rendezvous: str) -> None:
         settings = {**SETTINGS, "output_dir": output, "data.cache_dir": output.parent / "cache"}
-        rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_id=benchmark", "--rdzv_backend=c10d", f"--rdzv_endpoint={endpoint}"]
-        command = [*node.enter, sys.executable, "-m", "torch.distributed.run", *rendezvous, *node.given, "--max-restarts=3", *more]
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max-restarts=3", *node.given, *rendezvous]
+        command = [*node.enter, sys.executable, *launcher]
         command += ["-m", "diffpipe", "train", str(ROOT / "configs/quickstart.yaml"), *(f"--set={k}={v}" for k, v in settings.items())]
         # Each start has a store of its own: that which torchrun's agents share by default lets none take another's place.
         environment = {**os.environ, **node.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -121,25 +121,31 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return read_weights(last)
 
 
-def unbroken(nodes: Sequence[Node], home: Path, endpoint: str) -> dict[str, torch.Tensor]:
-    agents = [Agent(node, home / "unbroken", endpoint, home / f"unbroken-{i}.log") for i, node in enumerate(nodes)]
+def meeting(address: str, port: int) -> list[str]:
+    return ["--rdzv_id=benchmark", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
+
+
+def unbroken(nodes: Sequence[Node], home: Path, address: str) -> dict[str, torch.Tensor]:
+    where = meeting(address, 29513)
+    agents = [Agent(node, home / "unbroken", home / f"unbroken-{i}.log", *where) for i, node in enumerate(nodes)]
     check([agent.end() for agent in agents] == [0, 0], "two agents train", agents)
     return weights(home / "unbroken")
 
 
-def broken(nodes: Sequence[Node], home: Path, endpoint: str, victim: int) -> dict[str, torch.Tensor]:
-    output = home / f"broken-{victim}"
-    agents = [Agent(node, output, endpoint, home / f"broken-{victim}-{i}.log") for i, node in enumerate(nodes)]
+def broken(nodes: Sequence[Node], home: Path, address: str) -> dict[str, torch.Tensor]:
+    """The agent that does not hold the store is killed once there is a checkpoint."""
+    output, where = home / "broken", meeting(address, 29514)
+    agents = [Agent(node, output, home / f"broken-{i}.log", *where) for i, node in enumerate(nodes)]
     while not list(output.glob("*/checkpoints/step-*")):
         check(all(agent.process.poll() is None for agent in agents), "until the first checkpoint", agents)
         time.sleep(0.02)
-    agents[victim].kill()
+    agents[1].kill()
     begun = time.monotonic()
-    agents[victim] = Agent(nodes[victim], output, endpoint, home / f"broken-{victim}-again.log")
-    check([agent.end() for agent in agents] == [0, 0], f"agent {victim} is killed and started again", agents)
+    agents[1] = Agent(nodes[1], output, home / "broken-again.log", *where)
+    check([agent.end() for agent in agents] == [0, 0], "an agent is killed and started again", agents)
     log = next(output.glob("*/log.txt")).read_text()
     check("resumed from step-" in log, "goes on from a checkpoint", agents)
-    print(f"agent {victim} killed and started again: ended {time.monotonic() - begun:.0f} s later", flush=True)
+    print(f"an agent killed and started again: ended {time.monotonic() - begun:.0f} s later", flush=True)
     return weights(output)
 
 
@@ -173,19 +179,16 @@ def main() -> None:
 def run(nodes: Sequence[Node], address: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
-        expected = unbroken(nodes, home, f"{address}:29513")
-        got = broken(nodes, home, f"{address}:29514", victim=1)
+        expected, got = unbroken(nodes, home, address), broken(nodes, home, address)
         same = expected.keys() == got.keys() and all(torch.equal(got[key], value) for key, value in expected.items())
         print(f"weights after {STEPS} steps are {'the same bits' if same else 'NOT THE SAME'}", flush=True)
-        told(
-            "a machine that never comes",
-            Agent(nodes[0], home / "alone", f"{address}:29515", home / "alone.log", "--rdzv_conf=join_timeout=10"),
-        )
+        alone = [*meeting(address, 29515), "--rdzv_conf=join_timeout=10"]
+        told("a machine that never comes", Agent(nodes[0], home / "alone", home / "alone.log", *alone))
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            port = taken.getsockname()[1]
-            told("a port in use", Agent(Node(), home / "taken", f"127.0.0.1:{port}", home / "taken.log", "--rdzv_conf=read_timeout=10"))
+            static = ["--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={taken.getsockname()[1]}"]
+            told("a port in use", Agent(Node(), home / "taken", home / "taken.log", *static))
         if not same:
             raise SystemExit(1)
 
