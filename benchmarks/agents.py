@@ -121,27 +121,28 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
     return read_weights(last)
 
 
-def meeting(address: str, port: int) -> list[str]:
-    return ["--rdzv_id=benchmark", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}"]
+def meeting(address: str, port: int, number: int, conf: str = "") -> list[str]:
+    """What torchrun is told of the rendezvous; the first of the nodes holds its store."""
+    first = str(number == 0).lower()
+    return ["--rdzv_id=benchmark", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}:{port}", f"--rdzv_conf=is_host={first}{conf}"]
 
 
 def unbroken(nodes: Sequence[Node], home: Path, address: str) -> dict[str, torch.Tensor]:
-    where = meeting(address, 29513)
-    agents = [Agent(node, home / "unbroken", home / f"unbroken-{i}.log", *where) for i, node in enumerate(nodes)]
+    agents = [Agent(node, home / "unbroken", home / f"unbroken-{i}.log", *meeting(address, 29513, i)) for i, node in enumerate(nodes)]
     check([agent.end() for agent in agents] == [0, 0], "two agents train", agents)
     return weights(home / "unbroken")
 
 
 def broken(nodes: Sequence[Node], home: Path, address: str) -> dict[str, torch.Tensor]:
     """The agent that does not hold the store is killed once there is a checkpoint."""
-    output, where = home / "broken", meeting(address, 29514)
-    agents = [Agent(node, output, home / f"broken-{i}.log", *where) for i, node in enumerate(nodes)]
+    output = home / "broken"
+    agents = [Agent(node, output, home / f"broken-{i}.log", *meeting(address, 29514, i)) for i, node in enumerate(nodes)]
     while not list(output.glob("*/checkpoints/step-*")):
         check(all(agent.process.poll() is None for agent in agents), "until the first checkpoint", agents)
         time.sleep(0.02)
     agents[1].kill()
     begun = time.monotonic()
-    agents[1] = Agent(nodes[1], output, home / "broken-again.log", *where)
+    agents[1] = Agent(nodes[1], output, home / "broken-again.log", *meeting(address, 29514, 1))
     check([agent.end() for agent in agents] == [0, 0], "an agent is killed and started again", agents)
     log = next(output.glob("*/log.txt")).read_text()
     check("resumed from step-" in log, "goes on from a checkpoint", agents)
@@ -182,7 +183,7 @@ def run(nodes: Sequence[Node], address: str) -> None:
         expected, got = unbroken(nodes, home, address), broken(nodes, home, address)
         same = expected.keys() == got.keys() and all(torch.equal(got[key], value) for key, value in expected.items())
         print(f"weights after {STEPS} steps are {'the same bits' if same else 'NOT THE SAME'}", flush=True)
-        alone = [*meeting(address, 29515), "--rdzv_conf=join_timeout=10"]
+        alone = meeting(address, 29515, 0, ",join_timeout=10")
         told("a machine that never comes", Agent(nodes[0], home / "alone", home / "alone.log", *alone))
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
