@@ -75,7 +75,7 @@ class Pipeline:
 
     @cached_property
     def averaging(self) -> Averaging:
-        """Of whole weights; made with the first step, by when it is known which are stepped in the backward pass, averaged there."""
+        """That of whole weights. Made with the first step: by then it is known which are stepped, and averaged, in the backward pass."""
         apart = self.memory.stepped_early()
         whole = [p for p in self.stage.part.model.parameters() if p.requires_grad and p not in apart and not isinstance(p, DTensor)]
         return Averaging(whole if self.mesh.replicas > 1 else [], self.mesh.replica_group)
@@ -92,8 +92,8 @@ class Pipeline:
         return torch.cat(parts) if parts else torch.empty(0, device=self.mesh.device)
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """All gradients of this rank, those that no earlier stage holds too; averaged over the replicas, and summed over the stages
-        where several hold a parameter.
+        """All gradients of this rank, averaged over the replicas, and summed over the stages where several hold a parameter; and those of
+        them that no earlier stage holds.
 
         What steps for a sharded parameter has the memory of its gradient from here on.
         """
