@@ -85,6 +85,7 @@ def prepare_data(
     progress: ShowProgress = lambda p: None,
     again: bool = False,
     fits: Callable[[Collection[Bucket]], None] = lambda buckets: None,
+    lap: Callable[[str], None] = lambda phase: None,
 ) -> tuple[Samples, Report]:
     """The samples of ``folders``, encoded where the cache does not hold them yet.
 
@@ -95,6 +96,7 @@ def prepare_data(
         exchange: gathers every rank's value, in the order of ranks.
         again: encode what the cache holds too.
         fits: told of the buckets before anything is encoded; raises where one cannot train.
+        lap: told the name of each phase when it is over.
 
     Raises:
         DiffpipeError: on every rank alike: with ``on_error: fail``, one that lists all faults; when no sample is
@@ -103,8 +105,10 @@ def prepare_data(
     memory = Remembered(cache_folder(config) / "files.json")
     found = look(config, model, folders, memory, rank, world, exchange, progress)
     entries, misplaced = place(found.clips, config, model, folders)
+    lap("scan")
     if entries:
         _agree(exchange, lambda: fits({e.bucket for e in entries}))
+        lap("plan")
     cache, missing, faults = _encoded(config, model, tasks_of(entries, model), device, rank, world, exchange, progress, again)
     _agree(exchange, lambda: memory.save(found.clips) if rank == 0 else None)
     spoiled = {e.file: Dropped.of(e.file, faults[k]) for e in entries for k in (e.media, e.mask, e.control) if k in faults}
@@ -121,7 +125,9 @@ def prepare_data(
         buckets=dict(Counter(e.bucket for e in kept)),
     )
     _judge(report, kept, config, held, cache)
-    return make_samples(kept, cache, model), report
+    samples = make_samples(kept, cache, model)
+    lap("encode")
+    return samples, report
 
 
 def prepare_prompts(

@@ -47,6 +47,21 @@ class RunRecord:
 
 
 @dataclass(frozen=True)
+class StartRecord:
+    """What came before the end of a run's first step.
+
+    Attributes:
+        phases: seconds by name in the order they came, each of the rank that it took longest on.
+    """
+
+    phases: Mapping[str, float]
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in self.phases.items() if seconds >= 0.005)
+        return f"the first step was over after {sum(self.phases.values()):.2f} s ({parts})"
+
+
+@dataclass(frozen=True)
 class Split:
     """Where a rank's time of a step went, in seconds; together the step.
 
@@ -244,6 +259,9 @@ class Sink(Protocol):
             ask: takes what a person asks of the run; from any thread.
         """
 
+    def started(self, record: StartRecord) -> None:
+        """The first step is over."""
+
     def doing(self, what: str) -> None:
         """What takes time from now on."""
 
@@ -284,6 +302,10 @@ class Sinks(Sink):
 
     def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
         self._each(lambda sink: sink.begin(run, ask))
+
+    def started(self, record: StartRecord) -> None:
+        self.note(str(record))
+        self._each(lambda sink: sink.started(record))
 
     def doing(self, what: str) -> None:
         self._each(lambda sink: sink.doing(what))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -72,6 +72,8 @@ def open_run(config: Config, resume: str | None, mesh: Mesh) -> Run:
         DiffpipeError: when there is nothing to resume from, the folder cannot be written, or steps would have other samples.
     """
     launch = launched_as()
+    if launch is not None:  # an agent of torchrun that took the place of another has not started its processes before
+        launch = replace(launch, again=any(mesh.exchange(launch.again)))
     earlier = mesh.decide(lambda: _earlier(config, resume, launch))
     if earlier is None:
         return mesh.decide(lambda: _begin(config, launch))

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffpipe.config.schema import WandbConfig
 from diffpipe.errors import ConfigError, DiffpipeError
-from diffpipe.metrics import GIB, EvalRecord, PreviewRecord, RunRecord, Sink, Split, StepRecord, Wish, by_tenth
+from diffpipe.metrics import GIB, EvalRecord, PreviewRecord, RunRecord, Sink, Split, StartRecord, StepRecord, Wish, by_tenth
 
 # Sections of the config that decide what is trained, or how fast.
 HYPERPARAMETERS = ("run", "mesh", "batch", "model", "objective", "adapter", "optimizer", "schedule", "data", "memory")
@@ -48,6 +48,11 @@ def scalars(record: StepRecord) -> dict[str, float]:
         values[f"memory/host/rank{number}"] = rank.host / GIB
         values |= {f"memory/device/rank{number}": rank.device_peak / GIB} if rank.device_peak else {}
     return values
+
+
+def start_scalars(record: StartRecord) -> dict[str, float]:
+    """The same of what came before the first step was over."""
+    return {f"startup/{name.replace(' ', '_')}": seconds for name, seconds in record.phases.items()}
 
 
 def eval_scalars(record: EvalRecord) -> dict[str, float]:
@@ -91,6 +96,10 @@ class TensorBoardSink(Sink):
         for summary in hparams(given, dict.fromkeys(["train/loss_smoothed", *(f"eval/{n}/loss" for n in sets)], 0.0)):
             self.writer.file_writer.add_summary(summary)
         self.writer.add_text("run", f"{run.name}: {run.trains}", 0)
+
+    def started(self, record: StartRecord) -> None:
+        for tag, value in start_scalars(record).items():
+            self.writer.add_scalar(tag, value, 0)
 
     def step(self, record: StepRecord) -> None:
         for tag, value in scalars(record).items():
@@ -194,6 +203,9 @@ class WandbSink(Sink):
     def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
         self.run.config.update(dict(settings(run.config)), allow_val_change=True)
         self.run.notes = run.trains
+
+    def started(self, record: StartRecord) -> None:
+        self.run.summary.update(start_scalars(record))
 
     def step(self, record: StepRecord) -> None:
         self.run.log({"step": record.step, **scalars(record)})

@@ -42,6 +42,7 @@ from diffpipe.previews import Previews
 from diffpipe.prompts import Prompt, Prompts, read_prompts
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
+from diffpipe.startup import Startup
 from diffpipe.toy import materialize
 from diffpipe.trackers import TensorBoardSink, WandbSink, check_wandb
 from diffpipe.versions import versions
@@ -71,16 +72,21 @@ def train(config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Te
         DiffpipeError: for whatever the user can cure.
         Stopped: when a signal asked the run to stop before its last step.
     """
+    startup = Startup()
+    startup.lap("imports")
     config = materialize(config)
+    startup.lap("toys")
     with open_mesh(config.mesh, {**config.model_dump(mode="json"), "versions": versions()}) as mesh:
-        return train_on(mesh, config, resume=resume, make_sinks=make_sinks, tell=tell)
+        startup.lap("processes")
+        return train_on(mesh, config, startup, resume=resume, make_sinks=make_sinks, tell=tell)
 
 
-def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: MakeSinks, tell: Tell = print_fault) -> Path:
+def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None, make_sinks: MakeSinks, tell: Tell) -> Path:
     """``train`` by processes that have met; toys are made already."""
     mesh.decide(lambda: check_wandb(config.metrics.wandb))
     run = open_run(config, resume, mesh)
     sinks = open_sinks(run, config, mesh, make_sinks)
+    startup.lap("run folder")
     try:
         model = make_model(config.model, config.objective)
         model.weights()
@@ -88,16 +94,18 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         forecast = open_forecast(config, model, mesh)
         asked = mesh.decide(lambda: read_prompts(config, model))
-        samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
+        startup.lap("plan")
+        samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast, lap=startup.lap)
         prompts = open_prompts(config, model, mesh, sinks, asked)
+        startup.lap("encode")
         if forecast is not None:
             config = forecast.config
             for line in forecast.lines():
                 sinks.note(line)
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
-            pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-        Trainer(config, mesh, run, sinks, model, samples, held_out, prompts, pipeline, forecast, tell).train()
+            pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)), startup.lap)
+        Trainer(config, mesh, run, sinks, model, samples, held_out, prompts, pipeline, forecast, tell, startup).train()
     except (DiffpipeError, Stopped) as fault:
         if mesh.reporter:
             Sinks([TextSink.to_file(run.log)]).note(str(fault))  # the person is told by the command line
@@ -158,12 +166,19 @@ def open_sinks(run: Run, config: Config, mesh: Mesh, make_sinks: MakeSinks) -> S
 
 
 def open_data(
-    config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, again: bool = False, forecast: Forecast | None = None
+    config: Config,
+    model: DiffusionModel,
+    mesh: Mesh,
+    sinks: Sinks,
+    again: bool = False,
+    forecast: Forecast | None = None,
+    lap: Callable[[str], None] = lambda phase: None,
 ) -> tuple[Samples, dict[str, Samples]]:
     """The training samples and the held-out ones by name, encoded first where the cache lacks them.
 
     Args:
         forecast: settled by the buckets that train, before anything is encoded.
+        lap: told the name of each phase when it is over.
     """
     opened: list[Samples] = []
     for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
@@ -177,6 +192,7 @@ def open_data(
             device=mesh.device,
             progress=sinks.progress,
             again=again,
+            lap=lap,
             **({"fits": forecast.settle} if forecast is not None and name == "train" else {}),
         )
         for line in report.lines():
@@ -215,9 +231,10 @@ class Trainer:
         pipeline: Pipeline,
         forecast: Forecast | None,
         tell: Tell,
+        startup: Startup,
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
-        self.forecast = forecast
+        self.forecast, self.startup = forecast, startup
         self.module: nn.Module = pipeline.stage.part.model
         self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
@@ -275,15 +292,19 @@ class Trainer:
 
     def _train(self, requests: Requests, stopping: Callable[[], bool]) -> None:
         config = self.config
+        self.startup.lap("setup")
         if self.run.resumed:
             self.evaluation.tell_best()
         else:
             self.evaluation.evaluate(self.step)
             if config.preview.at_start:
                 self.preview(stopping)
+            self.startup.lap("evaluation")
         while self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step()
+            if (started := self.startup.ended(self.mesh)) is not None:
+                self.sinks.started(started)
             if self.step % config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
             last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
@@ -387,7 +408,6 @@ class Trainer:
     def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""
         gradients, counted = self.pipeline.gradients()
-        self.mesh.mean_over_replicas(gradients)
         return gradients, self.mesh.gradient_norm(counted, self.release.square())
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:

@@ -60,10 +60,10 @@ class Running:
         return psutil.Process(self.process.pid).children(recursive=True)
 
 
-def started_alone(given: Callable[[int], Sequence[str]]) -> list[Running]:
+def started_alone(given: Callable[[int], Sequence[str]], environment: Callable[[int], dict[str, str]] = lambda rank: {}) -> list[Running]:
     """Two ranks with no launcher that would end those that are left."""
     meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [Running(given(rank), RANK=str(rank), **meeting) for rank in range(2)]
+    return [Running(given(rank), RANK=str(rank), **meeting, **environment(rank)) for rank in range(2)]
 
 
 def run_in(output: Path) -> Path:

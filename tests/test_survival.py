@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from diffpipe.checkpoint import list_checkpoints
+from diffpipe.run import LAUNCH
 from tests.conftest import ROOT, Command, World
 from tests.survival import Running, arguments, run_in, same_weights, started_alone
 
@@ -104,6 +105,18 @@ def test_only_what_torchrun_starts_again_goes_on_by_itself(
     assert "resumed" not in launched(0, 2)
     assert len(list(tmp_path.glob("*/config.yaml"))) == 2
     assert len(list(tmp_path.glob("*/launch.txt"))) == 1, "the name belongs to the newer launch"
+
+
+@posix
+def test_a_run_goes_on_when_an_agent_that_starts_for_the_first_time_takes_anothers_place(cache: Path, broken: Path) -> None:
+    (broken / LAUNCH).write_text("job")
+    ranks = started_alone(
+        lambda rank: arguments(broken.parent, cache, **{"mesh.stages": 2}),
+        # The rank that speaks for the run, the last stage, is new; each start has a store of its own.
+        lambda rank: {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": str(1 - rank), "TORCHELASTIC_USE_AGENT_STORE": "False"},
+    )
+    assert [rank.end() for rank in ranks] == [0, 0], ranks[1].output[-3000:]
+    assert "resumed from step-00000004" in ranks[1].output
 
 
 @posix

@@ -72,6 +72,10 @@ def test_a_run_folder_holds_what_the_docs_promise(command: Command, tmp_path: Pa
         "memory/host",
     }
     assert wanted <= set(events.Tags()["scalars"])
+    phases = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.startswith("startup/")}
+    assert {"startup/imports", "startup/encode", "startup/weights", "startup/evaluation", "startup/first_step"} <= phases.keys()
+    (told,) = re.findall(r"first step was over after (\S+) s \(.*first step", (run / "log.txt").read_text())
+    assert sum(phases.values()) == pytest.approx(float(told), abs=0.01) and min(phases.values()) >= 0
     (bins,) = events.Histograms("train/loss_by_t")
     assert bins.step == 2 and bins.histogram_value.bucket_limit[:3] == pytest.approx([0.1, 0.2, 0.3])
     given = b"".join(events.SummaryMetadata(tag).plugin_data.content for tag in events.summary_metadata if tag.startswith("_hparams_"))

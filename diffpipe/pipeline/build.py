@@ -30,8 +30,18 @@ from diffpipe.pipeline.stage import Stage
 LoadProgress = Callable[[int, int], None]  # bytes read, bytes to read
 
 
-def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgress = lambda done, total: None) -> Pipeline:
-    """The pipeline of a config, this rank's weights read and on its device."""
+def build(
+    config: Config,
+    model: DiffusionModel,
+    mesh: Mesh,
+    progress: LoadProgress = lambda done, total: None,
+    lap: Callable[[str], None] = lambda phase: None,
+) -> Pipeline:
+    """The pipeline of a config, this rank's weights read and on its device.
+
+    Args:
+        lap: told the name of each phase when it is over.
+    """
     whole, spans = outline(config, model)
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
@@ -47,7 +57,9 @@ def build(config: Config, model: DiffusionModel, mesh: Mesh, progress: LoadProgr
         chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
     shards = None if mesh.axes is None else Shards(part, mesh.axes, config.mesh.reshard)
     memory = MemoryLayer(config.memory, units, mesh.device, config.optimizer)
+    lap("build")
     read_weights(part, model, config, mesh.device, progress, memory.homes.values())
+    lap("weights")
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
     attention = Attention(config.model.attention, mesh.device, repeats=not any(mesh.exchange(config.steps_in_backward)))

@@ -338,7 +338,7 @@ def _unpack(payload: Sequence[Tensor], layout: Layout) -> dict[str, list[Any]]:
     return received
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Border:
     """What crosses from one stage to the next, or leaves the last: tensors on meta, and their structure.
 

@@ -259,7 +259,11 @@ def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> It
 
 
 def _meet() -> Store:
-    """The store in which the processes find each other. torchrun gives one to all of its starts, so each has its own names there."""
+    """The store in which the processes find each other.
+
+    Where torchrun gives one to all of its starts, each has its own names there. Where each start has its own store
+    (TORCH_DISABLE_SHARE_RDZV_TCP_STORE), agents may count starts differently: one that was replaced begins at 0.
+    """
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=MEETING))
@@ -270,7 +274,9 @@ def _meet() -> Store:
             expected="the address of the first machine, and a port that is free there and open to the others",
             fix="start with torchrun, with another --master_port where one is in use",
         ) from fault
-    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store
+    return dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _compare(store: Store, rank: int, world: int, own: Mapping[str, Any]) -> None:

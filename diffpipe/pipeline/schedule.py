@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.models.base import Targets
 from diffpipe.pipeline.attention import Attention
+from diffpipe.pipeline.averaging import Averaging
 from diffpipe.pipeline.cut import Border, Probe
+from diffpipe.pipeline.kept import Kept
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
@@ -29,8 +32,7 @@ NOTHING = Border((), None, ())
 class Pipeline:
     """All stages of one replica, as seen from one of them.
 
-    torch's stage and schedule are made anew for every step: that takes 0.3 ms, lets shapes change, and keeps no
-    receive buffers between steps. Their metadata is given, so no extra pass is ever run to find it.
+    torch's stage and schedule are made anew where shapes change. Their metadata is given, so no extra pass is ever run to find it.
 
     Attributes:
         shares: on the last stage, what each microbatch of the last step added to its loss.
@@ -42,6 +44,7 @@ class Pipeline:
     ) -> None:
         self.stage, self.mesh, self.probe, self.memory, self.attention, self.shards = stage, mesh, probe, memory, attention, shards
         self.shares: list[Tensor] = []
+        self.kept = Kept[Schedule1F1B | ScheduleGPipe]()
         self.trained = {name: stand_in(p) for name, p in stage.part.model.named_parameters() if p.requires_grad}
         if shards is not None:
             stage.on_last_backward = shards.last
@@ -61,13 +64,27 @@ class Pipeline:
                 unit.forward = self.lockstep.stopping(unit.forward)
 
     def train(self, microbatches: Microbatches) -> Tensor:
-        """Forward and backward of one step; gradients add up in ``.grad``.
+        """Forward and backward of one step; gradients add up in ``.grad``, and are then for ``gradients`` to take.
 
         Returns:
             The loss, the mean over microbatches, on the last stage; 0 on the others.
         """
         self._set_mode(training=True)
+        self.averaging.begin(self._backward_passes(len(microbatches)))
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
+
+    @cached_property
+    def averaging(self) -> Averaging:
+        """That of whole weights. Made with the first step: by then it is known which are stepped, and averaged, in the backward pass."""
+        apart = self.memory.stepped_early()
+        whole = [p for p in self.stage.part.model.parameters() if p.requires_grad and p not in apart and not isinstance(p, DTensor)]
+        return Averaging(whole if self.mesh.replicas > 1 else [], self.mesh.replica_group)
+
+    def _backward_passes(self, microbatches: int) -> int:
+        """How many of a step end at a parameter; 0 where a step may be begun again by this rank alone."""
+        if self.memory.config.on_oom == "adapt":
+            return 0
+        return 1 if self.lockstep is not None else microbatches
 
     def losses(self) -> Tensor:
         """Of each sample of the step that ``train`` ran, in order, on the last stage; of none on the others."""
@@ -75,10 +92,12 @@ class Pipeline:
         return torch.cat(parts) if parts else torch.empty(0, device=self.mesh.device)
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """All gradients of this rank, summed over the stages where several hold a parameter; and those that no earlier stage holds.
+        """All gradients of this rank, averaged over the replicas, and summed over the stages where several hold a parameter; and those of
+        them that no earlier stage holds.
 
         What steps for a sharded parameter has the memory of its gradient from here on.
         """
+        self.averaging.finish()
         part = self.stage.part
         own: list[Tensor] = []
         counted: list[Tensor] = []
@@ -149,11 +168,15 @@ class Pipeline:
         """Each microbatch through all units; the losses on the last stage."""
         last = self.mesh.stage == self.mesh.stages - 1
         kind = Schedule1F1B if count >= self.mesh.stages else ScheduleGPipe
-        # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
-        schedule = kind(self._torch_stage(before, after), count, loss_fn=lambda loss, number: loss, scale_grads=False)
+
+        def make() -> Schedule1F1B | ScheduleGPipe:
+            # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
+            return kind(self._torch_stage(before, after), count, loss_fn=lambda loss, number: loss, scale_grads=False)
+
         numbers = torch.arange(count)
         losses: list[Tensor] = []
-        run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
+        with self.kept.of((count, before, after, torch.is_grad_enabled()), make) as schedule:
+            run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
         return losses
 
     def _together(self, count: int) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Trains a few steps of changing shapes on a mesh: loss and gradients are the whole model's, and streaming changes no weight.
+"""Trains a few steps of changing shapes on a mesh: loss and gradients are the whole model's, no pass and no collective is run that
+need not be, and streaming changes no weight.
 
     torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS FOLDER [FAMILY ...]
 
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffpipe.config.schema import Config, MeshConfig
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.optim import make_optimizer
+from diffpipe.pipeline.averaging import Averaging
 from diffpipe.pipeline.build import build, outline
 from diffpipe.pipeline.mesh import Mesh, open_mesh
+from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.stage import sum_errors
 from tests.conftest import toy_checkpoint
 from tests.families import drawn, frames_of, microbatch, with_weights
@@ -43,12 +47,15 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
             p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
     whole, _ = outline(config.model_copy(update={"mesh": config.mesh.model_copy(update={"stages": 1})}), model)
     with_weights(whole, model)
+    log = Log(pipeline, bucket=1 << 12 if adapter is None else 1 << 25)
     shapes = [{"rows": 2, "columns": 3}, {"rows": 3, "columns": 2, "frames": frames_of(model)}]
     for step, shape in enumerate(shapes):
         every = [microbatch(model, seed=10 * step + i, count=2, **shape) for i in range(MICROBATCHES * mesh.replicas)]
-        share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
-        own, counted = pipeline.gradients()
-        mesh.mean_over_replicas(own)
+        with Collectives() as collectives:
+            share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
+            log.check()
+            _, counted = pipeline.gradients()
+        assert collectives.names == ["allreduce_"] * log.collectives(), collectives.names
         norm = mesh.gradient_norm(counted)
         gradients = {n: p.grad for n, p in part.named_parameters() if p.grad is not None}
         loss = mesh.sum(share.item())[0] / mesh.replicas
@@ -65,6 +72,55 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
         whole.zero_grad()
     if mesh.reporter:
         print(f"same: {family} {'lora' if adapter else 'full'}{' with text encoders' if encoders else ''}", flush=True)
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the collectives that are begun while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and func._opname not in ("send", "recv_"):
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+class Log:
+    """What a pipeline's steps run, for one that has run none.
+
+    Args:
+        bucket: bytes at which a bucket of gradients is closed.
+    """
+
+    def __init__(self, pipeline: Pipeline, bucket: int) -> None:
+        self.mesh, self.part = pipeline.mesh, pipeline.stage.part
+        self.trained = [p for p in self.part.model.parameters() if p.requires_grad]
+        averaged = self.trained if self.mesh.replicas > 1 else []
+        self.averaging = pipeline.averaging = Averaging(averaged, self.mesh.replica_group, bucket)
+        self.passes = 0
+        self.part.register_forward_hook(self._passed)
+        self.sent: list[int] = []  # buckets that were on their way whenever the first parameter, the last to come, had its gradient
+        self.trained[0].register_post_accumulate_grad_hook(lambda p: self.sent.append(self.averaging.sent))
+
+    def _passed(self, *call: Any) -> None:
+        self.passes += 1
+
+    def check(self) -> None:
+        """A step has passed each microbatch once; gradients were sent within the backward pass of the last, and before all had come."""
+        assert self.passes == MICROBATCHES, f"{self.passes} forward passes, also where shapes are new"
+        buckets = len(self.averaging.buckets)
+        assert self.averaging.sent == buckets
+        if buckets > 2:
+            assert self.sent[-1] > 0 and not any(self.sent[:-1]), self.sent
+        self.passes = 0
+        self.sent.clear()
+
+    def collectives(self) -> int:
+        """How many a step needs: one for each bucket, and one for each parameter that every stage has."""
+        trained = {n for n, p in self.part.model.named_parameters() if p.requires_grad}
+        return len(self.averaging.buckets) + (len(trained & self.part.repeated) if self.mesh.stages > 1 else 0)
 
 
 def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
@@ -86,14 +142,15 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
         part = pipeline.stage.part.model
         optimizer = make_optimizer(config.optimizer, part.named_parameters())
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
-        losses, norms = [], []
+        losses, norms, schedules = [], [], []
         for step in range(3):
             batch = [microbatch(model, seed=100 * step + 10 * mesh.replica + i, count=1) for i in range(MICROBATCHES)]
             losses.append(pipeline.train(batch).item())
-            own, counted = pipeline.gradients()
-            mesh.mean_over_replicas(own)
+            _, counted = pipeline.gradients()
             norms.append(mesh.gradient_norm(counted, release.square()))
             release.step_rest()
+            schedules.append(pipeline.kept.held)
+        assert all(schedule is schedules[0] for schedule in schedules), "a step of the same shapes has the schedule of the last"
         pipeline.memory.settle()
         return losses, norms, {n: p.detach().clone() for n, p in part.named_parameters()}
 

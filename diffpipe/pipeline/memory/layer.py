@@ -108,6 +108,11 @@ class MemoryLayer:
         self.turns.release = Release(optimizer, average, ferry, units, early, away)
         return self.turns.release
 
+    def stepped_early(self) -> set[nn.Parameter]:
+        """Weights that are stepped in the backward pass."""
+        release = self.turns.release
+        return set() if release is None else {p for unit in release.early for p in release.units[unit]}
+
     def settle(self) -> None:
         """Have all weights and optimizer state where parameters and optimizer say, between two steps."""
         if self.stream is not None:

@@ -1,0 +1,206 @@
+"""1F1B over two processes of one thread each: how near it comes to the ideal speed, and how DeepSpeed's PipelineEngine does.
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.schedule [--rounds 6] [--microbatches 2 4 8] [--kinds lora full]
+
+Eight blocks of Wan of more than 20 ms, four a stage. In each round by turns: one process takes the whole step while the other waits,
+the two stages take it, and DeepSpeed takes it with stages of the same parts and the same optimizer. Of m microbatches on p stages the
+ideal step lasts (m + p - 1) / (m p) of that of one process. Ratios are medians over the rounds. Leave the two cores to it; it takes
+four minutes there.
+
+DeepSpeed takes part where it is installed, which diffpipe does not need:
+
+    DS_ACCELERATOR=cpu DS_BUILD_OPS=0 pip install deepspeed
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.synthetic import Config, DiffusionModel, make_random, microbatches
+from diffpipe.models.base import Targets
+from diffpipe.optim import make_optimizer, set_rates
+from diffpipe.pipeline.build import build
+from diffpipe.pipeline.mesh import Mesh, open_mesh
+from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.stage import sum_errors
+
+LAYERS, STAGES = 8, 2
+SIZES = {"num_layers": LAYERS, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "text_dim": 64}
+HEIGHT, WIDTH = 192, 256  # 192 tokens
+Batch = list[tuple[dict[str, Any], Targets]]
+NAMES = ("alone", "1F1B", "DeepSpeed")
+Step = Callable[[Batch], float]
+
+
+def config_of(kind: str, stages: int) -> Config:
+    return Config.model_validate(
+        {
+            "run": {"steps": 1},
+            "mesh": {"stages": stages, "partition": [LAYERS // stages * i for i in range(1, stages)]},
+            "model": {"family": "wan", "dtype": "float32"},
+            "adapter": {"rank": 16} if kind == "lora" else None,
+            "memory": {"recompute": "none"},
+            "data": {"folders": [{"path": "unused"}]},
+        }
+    )
+
+
+def ours(config: Config, model: DiffusionModel, mesh: Mesh) -> Step:
+    """A step as training takes it."""
+    pipeline = build(config, model, mesh)
+    optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
+    set_rates(optimizer, 1.0)
+
+    def step(batch: Batch) -> float:
+        share = pipeline.train(batch)
+        pipeline.gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        return mesh.sum(share.item())[0]  # on every rank, as DeepSpeed does
+
+    return step
+
+
+class Layer(nn.Module):
+    """A stage's part as DeepSpeed takes it: tensors that all require gradients, microbatches in their order."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        super().__init__()
+        self.part, self.probe = pipeline.stage.part, pipeline.probe
+        self.batch: Batch = []
+        self.number = 0
+
+    def forward(self, payload: Any) -> Any:
+        inputs, _ = self.batch[self.number % len(self.batch)]
+        self.number += 1
+        arrived = () if self.part.first else payload if isinstance(payload, tuple) else (payload,)
+        layout = None if self.part.first else self.probe.borders(inputs)[0].layout
+        sent, _ = self.part(arrived, layout, inputs)
+        # It sends a gradient back for each float tensor that crosses.
+        return sent if self.part.last else tuple(t if t.requires_grad else t.clone().requires_grad_() for t in sent)
+
+
+def deepspeeds(config: Config, model: DiffusionModel, mesh: Mesh, count: int) -> Step:
+    """The same step by DeepSpeed's PipelineEngine."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.disable(logging.WARNING)
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    layer = Layer(build(config, model, mesh))
+
+    def loss(outputs: Any, number: Tensor) -> Tensor:
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum_errors(outputs, layer.batch[int(number)][1])
+
+    module = PipelineModule([layer] * STAGES, num_stages=STAGES, loss_fn=loss, partition_method="uniform")
+    optimizer = make_optimizer(config.optimizer, [(n, p) for n, p in layer.named_parameters() if p.requires_grad])
+    set_rates(optimizer, 1.0)
+    settings = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": count, "steps_per_print": 10**9}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+
+    def numbers() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from ((torch.zeros(1), torch.tensor(i)) for i in range(count))
+
+    feed = numbers()
+
+    def step(batch: Batch) -> float:
+        layer.batch, layer.number = batch, 0
+        return float(engine.train_batch(feed))
+
+    return step
+
+
+def timed(step: Step | None, batch: Batch, mesh: Mesh) -> tuple[float, float]:
+    """Seconds of a step until all ranks are through, and its loss; a rank without a step waits."""
+    mesh.barrier()
+    begun = time.perf_counter()
+    loss = step(batch) if step is not None else math.nan
+    mesh.barrier()
+    return time.perf_counter() - begun, loss
+
+
+def compare(kind: str, counts: Sequence[int], rounds: int, mesh: Mesh, one: Mesh) -> None:
+    """Print a row for each number of microbatches."""
+    config = config_of(kind, STAGES)
+    model = make_random(config, SIZES)
+    for count in counts:
+        batch = microbatches(model, HEIGHT, WIDTH, 1, count)
+        # With weights of their own, so that all begin with the same.
+        steps: dict[str, Step | None] = {"alone": None if mesh.rank else ours(config_of(kind, 1), model, one)}
+        steps["1F1B"] = ours(config, model, mesh)
+        if find_spec("deepspeed"):
+            steps["DeepSpeed"] = deepspeeds(config, model, mesh, count)
+        firsts = [timed(step, batch, mesh)[1] for step in steps.values()]  # which warms up, too
+        if not mesh.rank and any(abs(loss - firsts[0]) > 1e-4 * firsts[0] for loss in firsts[1:]):
+            raise SystemExit(f"losses of the first step differ: {firsts}")
+        times = {name: [0.0] * rounds for name in steps}
+        for each in range(rounds):
+            for name, step in steps.items():
+                times[name][each], _ = timed(step, batch, mesh)
+        if not mesh.rank:
+            print(row(kind, count, times), flush=True)
+
+
+def row(kind: str, count: int, times: dict[str, list[float]]) -> str:
+    ideal = (count + STAGES - 1) / (count * STAGES)
+    reached = [alone * ideal / took for alone, took in zip(times["alone"], times["1F1B"], strict=True)]
+    against = [other / took for other, took in zip(times.get("DeepSpeed", []), times["1F1B"], strict=False)]
+    told = [kind, count, *(f"{statistics.median(times[name]):.3f}" if name in times else "" for name in NAMES)]
+    told += [spread(reached), spread(against) if against else ""]
+    return f"| {' | '.join(map(str, told))} |"
+
+
+def spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+def forward_time(model: DiffusionModel, one: Mesh) -> float:
+    """Seconds of a block's forward pass, the least of some."""
+    pipeline = build(config_of("lora", 1), model, one)
+    batch = microbatches(model, HEIGHT, WIDTH, 1, 2)
+    took = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        pipeline.evaluate(batch)
+        took.append((time.perf_counter() - begun) / (LAYERS * len(batch)))
+    return min(took)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--rounds", type=int, default=6)
+    options.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8])
+    options.add_argument("--kinds", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    with open_mesh(config_of("lora", STAGES).mesh) as mesh:
+        alone, _ = dist.new_subgroups(1)
+        one = replace(mesh, rank=0, world=1, stage=0, stages=1, stage_group=alone, replica_group=alone)
+        if not mesh.rank:
+            block = forward_time(make_random(config_of("lora", 1), SIZES), one)
+            print(f"torch {torch.__version__}; a block's forward pass takes {block * 1000:.0f} ms", flush=True)
+            print("| trains | microbatches | alone, s | 1F1B, s | DeepSpeed, s | of the ideal (range) | DeepSpeed to 1F1B (range) |")
+            print("|" + " --- |" * 7, flush=True)
+        for kind in given.kinds:
+            compare(kind, given.microbatches, given.rounds, mesh, one)
+
+
+if __name__ == "__main__":
+    main()
