@@ -195,7 +195,7 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.held_out, self.forecast = held_out, forecast
-        self.module: nn.Module = pipeline.stage.part.model
+        self.module: nn.Module = pipeline.module
         self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
         micro, seed = config.batch.micro, config.run.seed

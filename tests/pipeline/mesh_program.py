@@ -37,7 +37,7 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
     )
     model = make_model(config.model, config.objective)
     pipeline = build(config, model, mesh)
-    part = pipeline.stage.part.model
+    part = pipeline.module
     for name, p in part.named_parameters():
         if p.requires_grad and adapter is not None:
             p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
@@ -83,7 +83,7 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
         )
         model = make_model(config.model, config.objective)
         pipeline = build(config, model, mesh)
-        part = pipeline.stage.part.model
+        part = pipeline.module
         optimizer = make_optimizer(config.optimizer, part.named_parameters())
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         losses, norms = [], []

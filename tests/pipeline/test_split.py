@@ -8,7 +8,7 @@ from torch import nn
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError
 from diffpipe.models.base import StageSpec
-from diffpipe.pipeline.split import balance, split, stage_bytes
+from diffpipe.pipeline.split import balance_bytes, split, stage_bytes
 
 SPEC = StageSpec(units=("blocks.*",), carry=("embed",), post=("head", "table"))
 
@@ -37,15 +37,15 @@ def test_bytes_before_the_units_count_to_the_first_and_bytes_after_to_the_last()
     ],
 )
 def test_the_largest_stage_is_as_small_as_can_be(sizes: list[int], stages: int, spans: list[tuple[int, int]]) -> None:
-    assert balance(sizes, stages) == spans
+    assert balance_bytes(sizes, stages) == spans
 
 
 def test_every_stage_gets_a_unit_even_when_one_unit_outweighs_the_rest() -> None:
-    assert all(stop > start for start, stop in balance([1, 1, 1, 1000], 4))
+    assert all(stop > start for start, stop in balance_bytes([1, 1, 1, 1000], 4))
 
 
-def test_a_partition_is_taken_as_written() -> None:
-    assert split(Model(), SPEC, MeshConfig(stages=3, partition=[1, 3])) == [(0, 1), (1, 3), (3, 4)]
+def test_a_list_is_taken_as_written() -> None:
+    assert split(Model(), SPEC, MeshConfig(stages=3, split=[1, 3])) == [(0, 1), (1, 3), (3, 4)]
 
 
 def test_more_stages_than_units_is_an_error_that_names_the_key() -> None:
@@ -53,6 +53,6 @@ def test_more_stages_than_units_is_an_error_that_names_the_key() -> None:
         split(Model(), SPEC, MeshConfig(stages=5))
 
 
-def test_a_partition_past_the_last_unit_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"mesh\.partition"):
-        split(Model(), SPEC, MeshConfig(stages=2, partition=[4]))
+def test_a_span_past_the_last_unit_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"mesh\.split"):
+        split(Model(), SPEC, MeshConfig(stages=2, split=[4]))
