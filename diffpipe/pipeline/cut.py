@@ -367,6 +367,9 @@ class Border:
     ragged: tuple[int | None, ...]
 
 
+NOTHING = Border((), None, ())  # before the first part and behind the last
+
+
 class Probe:
     """Finds what crosses borders for given inputs, from one run of the parts before them on fake tensors.
 

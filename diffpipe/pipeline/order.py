@@ -19,7 +19,7 @@ class Pass:
     microbatch: int
 
 
-def order_of(schedule: str, stages: int, spans: int, microbatches: int) -> list[list[Pass]]:
+def passes_of(schedule: str, stages: int, spans: int, microbatches: int) -> list[list[Pass]]:
     """The passes of each stage in the order in which torch's schedule of that name runs them.
 
     Args:

@@ -23,7 +23,7 @@ from diffpipe.config.schema import MemoryConfig
 from diffpipe.models.base import Targets
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.clock import Clock
-from diffpipe.pipeline.cut import Border, Probe, joined
+from diffpipe.pipeline.cut import NOTHING, Border, Probe, joined
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
@@ -31,7 +31,6 @@ from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
 Microbatches = list[tuple[dict[str, Any], Targets]]
-NOTHING = Border((), None, ())
 
 
 class Pipeline:

@@ -60,7 +60,7 @@ def simulate(order: Sequence[Sequence[Pass]], ahead: Sequence[float], back: Sequ
         while places[stage] < len(order[stage]):
             each = order[stage][places[stage]]
             forward = each.kind == "ahead"
-            begins = forward and each.span == 0 or not forward and each.span == spans - 1 or each.kind == "weights"
+            begins = each.kind == "weights" or each.span == (0 if forward else spans - 1)
             needs = 0.0 if begins else arrives.get((forward, each.span, each.microbatch))
             if needs is None:
                 break

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from diffpipe.pipeline.order import Pass, in_flight, order_of
+from diffpipe.pipeline.order import Pass, in_flight, passes_of
 from diffpipe.pipeline.simulate import simulate
 
 TORCHS: dict[str, Any] = {
@@ -88,7 +88,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ],
 )
 def test_passes_are_in_the_order_in_which_torch_runs_them(ranks: Any, schedule: str, stages: int, spans: int, microbatches: int) -> None:
-    for rank, planned in enumerate(order_of(schedule, stages, spans, microbatches)):
+    for rank, planned in enumerate(passes_of(schedule, stages, spans, microbatches)):
         ranks(rank, stages)
         seen: list[Pass] = []
         held = [Recorded(seen, number, stages * spans) for number in range(rank, stages * spans, stages)]
@@ -101,7 +101,7 @@ def test_passes_are_in_the_order_in_which_torch_runs_them(ranks: Any, schedule: 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 2), (4, 8), (8, 32), (512, 1024)])
 def test_one_forward_one_backward_idles_as_its_formula_says(stages: int, microbatches: int) -> None:
-    course = simulate(order_of("1f1b", stages, 1, microbatches), [1.0] * stages, [2.0] * stages)
+    course = simulate(passes_of("1f1b", stages, 1, microbatches), [1.0] * stages, [2.0] * stages)
     assert course.seconds == pytest.approx(3.0 * (microbatches + stages - 1))
     assert course.bubble == pytest.approx((stages - 1) / (microbatches + stages - 1))
     assert course.balance == 1
@@ -110,35 +110,35 @@ def test_one_forward_one_backward_idles_as_its_formula_says(stages: int, microba
 @pytest.mark.parametrize(("stages", "spans", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 3, 16), (64, 2, 128)])
 def test_interleaving_divides_what_idles_by_the_spans(stages: int, spans: int, microbatches: int) -> None:
     parts = stages * spans
-    course = simulate(order_of("interleaved", stages, spans, microbatches), [1 / spans] * parts, [2 / spans] * parts)
+    course = simulate(passes_of("interleaved", stages, spans, microbatches), [1 / spans] * parts, [2 / spans] * parts)
     assert course.seconds == pytest.approx(3.0 * (microbatches + (stages - 1) / spans))
 
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 4), (4, 8), (8, 32)])
 def test_zero_bubble_idles_while_weights_have_none_of_their_gradients(stages: int, microbatches: int) -> None:
     # ZB-H1: (p - 1) of what forward and both halves take, less twice the half that can wait.
-    course = simulate(order_of("zero-bubble", stages, 1, microbatches), [1.0] * stages, [2.0] * stages)
+    course = simulate(passes_of("zero-bubble", stages, 1, microbatches), [1.0] * stages, [2.0] * stages)
     assert course.seconds == pytest.approx(3.0 * microbatches + (stages - 1) * 1.0)
 
 
 def test_all_microbatches_go_ahead_before_any_comes_back_in_gpipe() -> None:
-    course = simulate(order_of("gpipe", 4, 1, 8), [1.0] * 4, [2.0] * 4)
+    course = simulate(passes_of("gpipe", 4, 1, 8), [1.0] * 4, [2.0] * 4)
     assert course.seconds == pytest.approx(3.0 * 11)
-    assert [in_flight(passes) for passes in order_of("gpipe", 4, 1, 8)] == [8] * 4
+    assert [in_flight(passes) for passes in passes_of("gpipe", 4, 1, 8)] == [8] * 4
 
 
 def test_a_stage_holds_fewer_microbatches_the_later_it_is() -> None:
-    assert [in_flight(passes) for passes in order_of("1f1b", 4, 1, 8)] == [4, 3, 2, 1]
-    assert [in_flight(passes) for passes in order_of("interleaved", 4, 2, 8)] == [11, 9, 7, 5]
+    assert [in_flight(passes) for passes in passes_of("1f1b", 4, 1, 8)] == [4, 3, 2, 1]
+    assert [in_flight(passes) for passes in passes_of("interleaved", 4, 2, 8)] == [11, 9, 7, 5]
 
 
 def test_a_slow_stage_makes_the_others_wait() -> None:
-    course = simulate(order_of("1f1b", 2, 1, 8), [1.0, 3.0], [2.0, 6.0])
+    course = simulate(passes_of("1f1b", 2, 1, 8), [1.0, 3.0], [2.0, 6.0])
     assert course.busy == (24.0, 72.0)
     assert course.seconds == pytest.approx(72 + 1 + 2)
     assert course.balance == pytest.approx(48 / 72)
 
 
 def test_what_crosses_takes_its_time_where_nothing_hides_it() -> None:
-    course = simulate(order_of("1f1b", 2, 1, 2), [1.0, 1.0], [1.0, 1.0], [0.5])
-    assert course.seconds == pytest.approx(simulate(order_of("1f1b", 2, 1, 2), [1.0, 1.0], [1.0, 1.0]).seconds + 2 * 0.5)
+    course = simulate(passes_of("1f1b", 2, 1, 2), [1.0, 1.0], [1.0, 1.0], [0.5])
+    assert course.seconds == pytest.approx(simulate(passes_of("1f1b", 2, 1, 2), [1.0, 1.0], [1.0, 1.0]).seconds + 2 * 0.5)
