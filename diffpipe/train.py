@@ -24,13 +24,14 @@ from diffpipe.description import describe
 from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.export.run import check_formats, export_weights
-from diffpipe.forecast import Comparison, Forecast, open_forecast
+from diffpipe.forecast import Comparison, Forecast
 from diffpipe.guard import Guard
 from diffpipe.meter import Meter
 from diffpipe.metrics import EvalRecord, Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
+from diffpipe.outlook import Outlook
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
@@ -83,12 +84,11 @@ def train_on(mesh: Mesh, config: Config, *, resume: str | None, make_sinks: Make
         model.weights()
         check_formats(config, model)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
-        forecast = open_forecast(config, model, mesh)
-        samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast)
-        if forecast is not None:
-            config = forecast.config
-            for line in forecast.lines():
-                sinks.note(line)
+        outlook = Outlook(config, model, mesh)
+        samples, held_out = open_data(config, model, mesh, sinks, outlook=outlook)
+        config, forecast = outlook.config, outlook.forecast
+        for line in outlook.lines:
+            sinks.note(line)
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
@@ -150,12 +150,12 @@ def open_sinks(run: Run, config: Config, mesh: Mesh, make_sinks: MakeSinks) -> S
 
 
 def open_data(
-    config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, again: bool = False, forecast: Forecast | None = None
+    config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, again: bool = False, outlook: Outlook | None = None
 ) -> tuple[Samples, dict[str, Samples]]:
     """The training samples and the held-out ones by name, encoded first where the cache lacks them.
 
     Args:
-        forecast: settled by the buckets that train, before anything is encoded.
+        outlook: settled by the buckets that train, before anything is encoded.
     """
     opened: list[Samples] = []
     for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
@@ -169,7 +169,7 @@ def open_data(
             device=mesh.device,
             progress=sinks.progress,
             again=again,
-            **({"fits": forecast.settle} if forecast is not None and name == "train" else {}),
+            **({"fits": outlook.settle} if outlook is not None and name == "train" else {}),
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")

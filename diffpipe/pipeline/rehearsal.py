@@ -113,10 +113,11 @@ class Rehearsal:
         passes = passes_of(schedule, config.mesh.stages, len(self.numbers), config.batch.accumulate)[stage]
         self.in_flight = -(-in_flight(passes) // len(self.numbers))
         # What several spans hold is rehearsed as if a microbatch went through one right after the other.
-        self.parts = nn.ModuleList(parts_of(whole, model.spec, [spans[n] for n in self.numbers], self.fakes))
-        for part in self.parts:
+        self.each = parts_of(whole, model.spec, [spans[n] for n in self.numbers], self.fakes)
+        self.parts = nn.ModuleList(self.each)
+        for part in self.each:
             quantize(part.model, part.units, config.memory, model, card.multiplies_fp8)
-        self.units = [part.model.get_submodule(unit) for part in self.parts for unit in part.units]
+        self.units = [part.model.get_submodule(unit) for part in self.each for unit in part.units]
         for unit in self.units:
             chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
         self.fakes.fill(self.parts)
@@ -260,7 +261,7 @@ class Rehearsal:
 
         def forward() -> list[Tensor]:
             leaving: list[Tensor] = []
-            for number, part, payload in zip(self.numbers, self.parts, payloads, strict=True):
+            for number, part, payload in zip(self.numbers, self.each, payloads, strict=True):
                 with self.precision():
                     sent, _ = as_on_cuda(part)(payload, borders[number].layout, fake)
                 loss = self.config.objective
