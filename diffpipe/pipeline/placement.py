@@ -155,7 +155,7 @@ class Placer:
 
         def held(stage: int, start: int, stop: int) -> float:
             kept = fixed[stop] - fixed[start] + flights[stage] * (saved[stop] - saved[start])
-            return (kept + max(u.workspace for u in self.units[start:stop])) * self.overs[stage]
+            return (kept + max(u.workspace for u in self.units[start:stop]) + self.card.workspace) * self.overs[stage]
 
         return held
 
