@@ -603,6 +603,8 @@ class Config(Section):
                 f"mesh.schedule is {schedule}, which takes microbatches through in rounds of one size: batch.accumulate must be a multiple"
                 f" of mesh.stages {stages}, or less than twice it, found {count}"
             )
+        if self.mesh.memory is not None and self.memory.budget is not None:
+            raise ValueError("mesh.memory and memory.budget both say what stages may hold; set one of them to null")
         if schedule == "zero-bubble" and (faults := self.against_zero_bubble):
             raise ValueError(f"mesh.schedule is zero-bubble, so {'; '.join(faults)}; or take another schedule")
         return self

@@ -34,8 +34,8 @@ def check_units(config: MeshConfig, units: int) -> None:
     """Raise where a mesh cuts a model into more spans than it has units, or past the last of them."""
     if config.all_spans > units:
         spans = f" of {config.all_spans // config.stages} spans" if config.all_spans > config.stages else ""
-        found, most = f"{config.stages} stages{spans} for {units} units", units * config.stages // config.all_spans
-        raise ConfigError(found, where="mesh.stages", expected=f"at most {most}", fix="lower it, or mesh.spans")
+        found = f"{config.stages} stages{spans} for {units} units"
+        raise ConfigError(found, where="mesh.stages", expected=f"at most {units} spans in all", fix="lower it, or mesh.spans")
     if isinstance(config.split, list) and config.split and config.split[-1] >= units:
         raise ConfigError(f"{config.split} has a point past the last unit", where="mesh.split", expected=f"points from 1 to {units - 1}")
 

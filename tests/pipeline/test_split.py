@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from torch import nn
 
+from diffpipe.config.load import validate
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError
 from diffpipe.models.base import StageSpec
@@ -56,3 +59,24 @@ def test_more_stages_than_units_is_an_error_that_names_the_key() -> None:
 def test_a_span_past_the_last_unit_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"mesh\.split"):
         split(Model(), SPEC, MeshConfig(stages=2, split=[4]))
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"mesh": {"stages": 1, "schedule": "interleaved"}}, "needs stages 2 or more"),
+        ({"mesh": {"stages": 2, "schedule": "interleaved", "spans": 1}}, "needs spans 2 or more"),
+        ({"mesh": {"stages": 2, "schedule": "1f1b", "spans": 2}}, "needs schedule interleaved or zero-bubble"),
+        ({"mesh": {"stages": 2, "spans": 2, "split": [3]}}, "2 stages of 2 spans need 3"),
+        ({"mesh": {"stages": 3, "split": [4, 2]}}, "must rise strictly"),
+        ({"mesh": {"stages": 2, "memory": ["24GiB"]}}, "memory has 1 entries for 2 stages"),
+        ({"mesh": {"stages": 2, "memory": ["24GiB", "16GiB"]}, "memory": {"budget": "12GiB"}}, "mesh.memory and memory.budget"),
+        ({"mesh": {"stages": 2, "schedule": "interleaved"}, "batch": {"accumulate": 5}}, "a multiple of mesh.stages 2"),
+        ({"mesh": {"stages": 2, "schedule": "zero-bubble"}, "adapter": {}}, "adapter must be null"),
+        ({"mesh": {"stages": 2, "schedule": "zero-bubble"}}, "memory.recompute must be none"),
+    ],
+)
+def test_a_mesh_that_cannot_run_is_an_error_that_says_why(sections: dict[str, Any], told: str) -> None:
+    base = {"run": {"steps": 1}, "model": {"family": "flux"}, "data": {"folders": [{"path": "unused"}]}, "batch": {"accumulate": 4}}
+    with pytest.raises(ConfigError, match=told):
+        validate({**base, **sections})
