@@ -616,7 +616,7 @@ class Config(Section):
         found = [
             (self.adapter is not None, "adapter must be null: where weights are frozen there is nothing that can wait"),
             (memory.recompute != "none", "memory.recompute must be none: each part of a pass would compute all again"),
-            (memory.budget is not None and "recompute" not in memory.model_fields_set, "memory.recompute must be set to none, not left"),
+            (memory.budget is not None, "memory.budget must be null: what it might choose is none of these"),
             (memory.swap != 0, "memory.swap must be 0: weights would be gone before their gradients are computed"),
             (memory.offload, "memory.offload must be false: activations come back once"),
             (memory.compile, "memory.compile must be false: a compiled backward pass has no parts"),

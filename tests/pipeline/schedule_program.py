@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=STAGES tests/pipeline/schedule_program.py STAGES FOLDER FAMILY/SCHEDULE/KIND/SHARD ...
 
-KIND is lora or full; SHARD ranks share the weights of each stage, of which there are so many fewer. Prints a line a case on the reporter;
-ends with a fault where they differ.
+KIND is lora, streamed (a LoRA, all frozen blocks streamed) or full; SHARD ranks share the weights of each stage, of which there are so
+many fewer. Prints a line a case on the reporter; ends with a fault where they differ.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def config_of(case: str, world: int, checkpoint: Path) -> Config:
             "mesh": {"stages": world // int(shard), "shard": int(shard), "schedule": schedule, "reshard": False},
             "batch": {"accumulate": MICROBATCHES},
             "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
-            "adapter": {"rank": 4} if kind == "lora" else None,
+            "adapter": None if kind == "full" else {"rank": 4},
             "data": {"folders": [{"path": "unused"}]},
-            "memory": {"recompute": "none" if schedule == "zero-bubble" else "block"},
+            "memory": {"recompute": "none" if schedule == "zero-bubble" else "block", "swap": "all" if kind == "streamed" else 0},
         }
     )
 

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT, World
 
 CASES = [
-    "flux/interleaved/lora/1",
+    "flux/interleaved/streamed/1",
     "wan/interleaved/full/1",
     "sdxl/interleaved/lora/1",
     "wan/zero-bubble/full/1",

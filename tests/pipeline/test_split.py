@@ -79,4 +79,4 @@ def test_a_span_past_the_last_unit_is_an_error() -> None:
 def test_a_mesh_that_cannot_run_is_an_error_that_says_why(sections: dict[str, Any], told: str) -> None:
     base = {"run": {"steps": 1}, "model": {"family": "flux"}, "data": {"folders": [{"path": "unused"}]}, "batch": {"accumulate": 4}}
     with pytest.raises(ConfigError, match=told):
-        validate({**base, **sections})
+        validate({**base, **sections}, "the test")
