@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.synthetic import Config, DiffusionModel, make_random, microbatches
 from diffpipe.pipeline.build import build
-from diffpipe.pipeline.calibrate import keys, measure
+from diffpipe.pipeline.calibrate import Seconds, keys, measure
 from diffpipe.pipeline.memory.cards import find_card
 from diffpipe.pipeline.mesh import Mesh, open_mesh
-from diffpipe.pipeline.placement import Placement, Placer, Seconds, whole
+from diffpipe.pipeline.placement import Placement, Placer, whole
 from diffpipe.pipeline.schedule import Pipeline
 
 LAYERS = 8

@@ -598,10 +598,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Config:
         count, stages, schedule = self.batch.accumulate, self.mesh.stages, self.mesh.schedule
-        if schedule in ("interleaved", "zero-bubble") and not fills_rounds(count, stages):
+        named = schedule in ("interleaved", "zero-bubble")
+        if (named or (self.mesh.spans or 1) > 1) and not fills_rounds(count, stages):
+            told = f"mesh.schedule is {schedule}" if named else f"mesh.spans is {self.mesh.spans}"
             raise ValueError(
-                f"mesh.schedule is {schedule}, which takes microbatches through in rounds of one size: batch.accumulate must be a multiple"
-                f" of mesh.stages {stages}, or less than twice it, found {count}"
+                f"{told}, which takes microbatches through in rounds of one size: batch.accumulate must be a multiple of mesh.stages"
+                f" {stages}, or less than twice it, found {count}"
             )
         if self.mesh.memory is not None and self.memory.budget is not None:
             raise ValueError("mesh.memory and memory.budget both say what stages may hold; set one of them to null")

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 from diffpipe.config.schema import Config, MeshConfig, fills_rounds
 from diffpipe.metrics import amount
 from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.calibrate import Seconds
 from diffpipe.pipeline.memory.cards import Card
 from diffpipe.pipeline.memory.planner import is_open
 from diffpipe.pipeline.order import in_flight, passes_of
@@ -20,10 +21,11 @@ from diffpipe.pipeline.split import Span, balance, check_units
 SPANS = (2, 3, 4)  # of each stage, that are tried where the config names none
 GAIN = 0.03  # part of a step that a schedule must save to be taken before a plainer one, which sends and holds less
 LATENCY = 20e-6  # seconds that a payload takes to begin
-CLOSE = 0.7  # part of its memory from which on a stage's is rehearsed rather than added up
+CLOSE = 0.85  # part of its memory from which on a stage's is rehearsed rather than added up
 TRIES = 4
 
-Seconds = tuple[float, float]  # of a unit's forward and backward pass
+# What a stage holds: by its number, some of its spans, and how many times these.
+Held = Callable[..., float]
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,8 @@ class Placer:
             rounds = fills_rounds(count, stages) and count >= stages
             if mesh.spans in (None, 1):
                 yield "1f1b", 1
-            # What streams goes by once for each span and microbatch: it was tried with one span only.
-            if rounds and not is_open(config.memory) and config.memory.swap == 0:
+            # Streamed weights come by once for each span and microbatch: that is left to who asks for it.
+            if mesh.spans or (rounds and not is_open(config.memory) and config.memory.swap == 0):
                 yield from (("interleaved", v) for v in several if v > 1)
             if rounds and not config.against_zero_bubble:
                 yield from (("zero-bubble", v) for v in ([mesh.spans] if mesh.spans else [1, *several]))
@@ -139,39 +141,36 @@ class Placer:
         ahead, back = (self._seconds(spans, self.dearest, which) for which in (0, 1))
         crossing = [self._crossing(stop) for _, stop in spans[:-1]]
         course = simulate(passes, ahead, back, [size / self.card.link + LATENCY for size in crossing])
-        given = [0, *crossing]
         sent = [0] * stages
-        for number, size in enumerate(given):  # each border is crossed ahead by one side, back by the other
-            if number and stages > 1:
-                sent[(number - 1) % stages] += microbatches * size
-                sent[number % stages] += microbatches * size
-        sums = [sum(held(n, *spans[i]) for i in range(n, len(spans), stages)) for n in range(stages)]
+        for number, size in enumerate(crossing):  # from the stage before a border ahead, and from the one behind it back
+            sent[number % stages] += microbatches * size
+            sent[(number + 1) % stages] += microbatches * size
+        sums = [held(n, spans[n::stages]) for n in range(stages)]
         settled = mesh.model_copy(update={"schedule": schedule, "spans": count, "split": [start for start, _ in spans[1:]]})
         return Placement(settled, tuple(spans), course, tuple(int(s) for s in sums), tuple(sent))
 
-    def _holding(self, flights: Sequence[float]) -> Callable[[int, int, int], float]:
-        """What a stage holds of units: by its number, the first and one past the last."""
+    def _holding(self, flights: Sequence[float]) -> Held:
         fixed, saved = ([0, *accumulate(getattr(u, name) for u in self.units)] for name in ("fixed", "saved"))
 
-        def held(stage: int, start: int, stop: int) -> float:
-            kept = fixed[stop] - fixed[start] + flights[stage] * (saved[stop] - saved[start])
-            return (kept + max(u.workspace for u in self.units[start:stop]) + self.card.workspace) * self.overs[stage]
+        def held(stage: int, spans: Sequence[Span], times: int = 1) -> float:
+            kept = sum(fixed[stop] - fixed[start] + flights[stage] * (saved[stop] - saved[start]) for start, stop in spans)
+            workspace = max(u.workspace for start, stop in spans for u in self.units[start:stop])
+            return (times * kept + workspace + self.card.workspace) * self.overs[stage]
 
         return held
 
-    def _cut(self, count: int, held: Callable[[int, int, int], float]) -> list[Span]:
+    def _cut(self, count: int, held: Held) -> list[Span]:
         """The spans that ``mesh.split`` asks for, where any such fit; else those that would hold least of what there is."""
         mesh, units = self.config.mesh, len(self.units)
         stages = mesh.stages
         if isinstance(mesh.split, list):
-            edges = [0, *mesh.split, units]
-            return list(pairwise(edges))
+            return list(pairwise([0, *mesh.split, units]))
         bytes_ = [0, *accumulate(u.parameters for u in self.units)]
         seconds = [[0.0, *accumulate(sum(sum(b[n]) for b in times.values()) for n in range(units))] for times in self.times]
 
         def full(number: int, start: int, stop: int) -> float:
             stage = number % stages
-            return held(stage, start, stop) * count / (self.limits[stage] if self.limits else 1)
+            return held(stage, [(start, stop)], count) / (self.limits[stage] if self.limits else 1)
 
         def cost(number: int, start: int, stop: int) -> float:
             if self._limited and full(number, start, stop) > 1:

@@ -28,7 +28,7 @@ from diffpipe.pipeline.memory.layer import chosen, order_of
 from diffpipe.pipeline.memory.ledger import Work, rounded
 from diffpipe.pipeline.memory.quantize import quantize
 from diffpipe.pipeline.memory.stream import Stream, streamed
-from diffpipe.pipeline.memory.timeline import Kind, Recorder, Timeline, Visit
+from diffpipe.pipeline.memory.timeline import Recorder, Timeline, Visit
 from diffpipe.pipeline.order import in_flight, passes_of
 from diffpipe.pipeline.stage import sum_errors
 
@@ -42,7 +42,6 @@ class Unit:
     """What one unit adds to whichever stage holds it; what lies before the units is counted to the first.
 
     Attributes:
-        kind: of its call: units of one kind take equally long.
         ahead, back: the work of a microbatch's passes.
         fixed: bytes of weights, gradients and optimizer state.
         saved: bytes that it keeps of each microbatch in flight.
@@ -51,7 +50,6 @@ class Unit:
         parameters: bytes of its weights.
     """
 
-    kind: Kind
     ahead: Work
     back: Work
     fixed: int
@@ -113,15 +111,15 @@ class Rehearsal:
         passes = passes_of(schedule, config.mesh.stages, len(self.numbers), config.batch.accumulate)[stage]
         self.in_flight = -(-in_flight(passes) // len(self.numbers))
         # What several spans hold is rehearsed as if a microbatch went through one right after the other.
-        self.each = parts_of(whole, model.spec, [spans[n] for n in self.numbers], self.fakes)
-        self.parts = nn.ModuleList(self.each)
-        for part in self.each:
+        self.parts = parts_of(whole, model.spec, [spans[n] for n in self.numbers], self.fakes)
+        self.holder = nn.ModuleList(self.parts)
+        for part in self.parts:
             quantize(part.model, part.units, config.memory, model, card.multiplies_fp8)
-        self.units = [part.model.get_submodule(unit) for part in self.each for unit in part.units]
+        self.units = [part.model.get_submodule(unit) for part in self.parts for unit in part.units]
         for unit in self.units:
             chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
-        self.fakes.fill(self.parts)
-        self.parts.train()
+        self.fakes.fill(self.holder)
+        self.holder.train()
         # As they are, for the recorder puts others in their places.
         self.plain = [duplicate(unit) for unit in self.units]
         self.recorder = Recorder(self.units, self.fakes, self.precision)
@@ -130,7 +128,7 @@ class Rehearsal:
         self.compiled: dict[Any, Compiled] = {}
         self.residencies: dict[Any, Residency] = {}
         self.peaks: dict[Any, Peak] = {}
-        trained = [p for p in self.parts.parameters() if p.requires_grad]
+        trained = [p for p in self.holder.parameters() if p.requires_grad]
         self.trained, self.state = sum(rounded(p.nbytes) for p in trained), state_bytes(config.optimizer, trained)
 
     def estimate(self, bucket: Dims, memory: MemoryConfig) -> Estimate:
@@ -169,7 +167,7 @@ class Rehearsal:
         """The stage's units, as the config's memory section treats them."""
         timeline, memory = self.timeline(bucket), self.config.memory
         threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
-        outside = {id(p): p for p in self.parts.parameters()}
+        outside = {id(p): p for p in self.holder.parameters()}
         found: list[Unit] = []
         for visit in (e for e in timeline.ahead if isinstance(e, Visit)):
             policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
@@ -181,7 +179,6 @@ class Rehearsal:
             held = {visit.leaves[place] for place in taken.held}
             found.append(
                 Unit(
-                    kind=visit.kind,
                     ahead=taken.ahead,
                     back=taken.back,
                     fixed=self._fixed(own),
@@ -261,14 +258,14 @@ class Rehearsal:
 
         def forward() -> list[Tensor]:
             leaving: list[Tensor] = []
-            for number, part, payload in zip(self.numbers, self.each, payloads, strict=True):
+            for number, part, payload in zip(self.numbers, self.parts, payloads, strict=True):
                 with self.precision():
                     sent, _ = as_on_cuda(part)(payload, borders[number].layout, fake)
                 loss = self.config.objective
                 leaving += [sum_errors(sent, wanted, loss.loss, loss.delta)] if part.last else sent
             return leaving
 
-        return self.recorder.record([*self.parts.parameters(), *self.parts.buffers()], given, forward)
+        return self.recorder.record([*self.holder.parameters(), *self.holder.buffers()], given, forward)
 
     def _fake(self, name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -288,7 +285,7 @@ class Rehearsal:
             return self._shared()
         numbers = chosen(len(self.units), memory.swap)
         streams = {id(p) for n in numbers for name, p in self.units[n].named_parameters() if not is_adapter(name)}
-        frozen = [t for t in [*self.parts.parameters(), *self.parts.buffers()] if not t.requires_grad]
+        frozen = [t for t in [*self.holder.parameters(), *self.holder.buffers()] if not t.requires_grad]
         resident = sum(rounded(t.nbytes) for t in frozen if id(t) not in streams)
         states = [state_bytes(self.config.optimizer, self._trained(n)) for n in self._apart(memory, self.config.optimizer.offload)]
         state, moving = self.state - sum(states) + sum(sorted(states)[-2:]), sum(states)
@@ -315,11 +312,11 @@ class Rehearsal:
     def _shared(self) -> Residency:
         """Where weights lie that ranks share: a shard of each, and those whole that are gathered at once."""
         shards, reshard = self.config.mesh.shard, self.config.mesh.reshard
-        shared = {id(p): rounded(p.nbytes) for name, p in self.parts.named_parameters() if not is_adapter(name)}
+        shared = {id(p): rounded(p.nbytes) for name, p in self.holder.named_parameters() if not is_adapter(name)}
         units = sorted((sum(shared[id(p)] for p in unit.parameters() if id(p) in shared) for unit in self.units), reverse=True)
         most = sum(shared.values()) - (sum(units[2:]) if reshard else 0)
-        trained = [p for p in self.parts.parameters() if p.requires_grad]
-        frozen = [t for t in [*self.parts.parameters(), *self.parts.buffers()] if not t.requires_grad]
+        trained = [p for p in self.holder.parameters() if p.requires_grad]
+        frozen = [t for t in [*self.holder.parameters(), *self.holder.buffers()] if not t.requires_grad]
         whole = self.config.adapter is None  # what trains is shared too
         return Residency(
             resident=sum(shared[id(t)] // shards if id(t) in shared else rounded(t.nbytes) for t in frozen),
