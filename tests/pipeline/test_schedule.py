@@ -11,7 +11,6 @@ CASES = [
     "wan/interleaved/full/1",
     "sdxl/interleaved/lora/1",
     "wan/zero-bubble/full/1",
-    "flux/gpipe/full/1",
 ]
 
 
