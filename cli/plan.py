@@ -37,7 +37,8 @@ def show(plan: Plan, console) -> None:
         console.print(line, markup=False, highlight=False)
     for number, stage in enumerate(plan.stages):
         console.print()
-        for line in (f"stage {number}: {', '.join(f'{first} to {last}' for first, last in stage.spans)}", *lines(stage)):
+        spans = ", ".join(first if first == last else f"{first} to {last}" for first, last in stage.spans)
+        for line in (f"stage {number}: {spans}", *lines(stage)):
             console.print(line, markup=False, highlight=False)
         console.print(table(stage))
 

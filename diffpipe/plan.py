@@ -83,7 +83,8 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
     if config.mesh.stages > 1:
         limits = config.mesh.memory or [config.memory.budget or chosen.memory] * config.mesh.stages
         placement = Placer(config, model, chosen, [dims(b) for b in buckets], limits).place()
-        config, placed = config.model_copy(update={"mesh": placement.mesh}), tuple(placement.lines())
+        measures = ("mesh.split: time is measured where training starts; here it is estimated",) if config.mesh.split == "time" else ()
+        config, placed = config.model_copy(update={"mesh": placement.mesh}), (*measures, *placement.lines())
     module, spans = outline(config, model)
     units, sizes = expand(module, model.spec.units), stage_bytes(module, model.spec)
     stages = []
