@@ -107,7 +107,8 @@ class Rehearsal:
         for twin in twins:
             self.fakes.fill(twin)
         self.probe = Probe(twins, self.fakes, self.precision, model.spec.lengths)
-        schedule = "1f1b" if config.mesh.schedule == "auto" else config.mesh.schedule
+        plain = "interleaved" if len(self.numbers) > 1 else "1f1b"
+        schedule = plain if config.mesh.schedule == "auto" else config.mesh.schedule
         passes = passes_of(schedule, config.mesh.stages, len(self.numbers), config.batch.accumulate)[stage]
         self.in_flight = -(-in_flight(passes) // len(self.numbers))
         # What several spans hold is rehearsed as if a microbatch went through one right after the other.
