@@ -57,7 +57,7 @@ def run(family: str, steps: int, folder: Path) -> str:
     begun = time.perf_counter()
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        module = pipeline.stage.part.model
+        module = pipeline.module
         built = time.perf_counter() - begun
         optimizer = make_optimizer(config.optimizer, module.named_parameters())
         set_rates(optimizer, 1.0)

@@ -69,7 +69,7 @@ def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "fa4
     begun = time.perf_counter()
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        module = pipeline.stage.part.model
+        module = pipeline.module
         optimizer = make_optimizer(config.optimizer, module.named_parameters())
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         set_rates(optimizer, 1.0)

@@ -63,7 +63,7 @@ def compare(family: str, kind: str, mesh: Mesh, checkpoint: Path) -> tuple[float
     )
     model = make_model(config.model, config.objective)
     pipeline = build(config, model, mesh)
-    part = pipeline.stage.part.model
+    part = pipeline.module
     for name, p in part.named_parameters():
         if is_adapter(name):
             p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient

@@ -72,7 +72,7 @@ def step_of(
     model = make_random(config, FAMILIES[family][0](depth), form.get("kept", ()))
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        trained = {n: p for n, p in pipeline.stage.part.model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in pipeline.module.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(drawn(name, tuple(parameter.shape), parameter.device) * (0.01 if ".lora_B." in name else 0.02))

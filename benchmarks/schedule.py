@@ -49,7 +49,7 @@ def config_of(kind: str, stages: int) -> Config:
     return Config.model_validate(
         {
             "run": {"steps": 1},
-            "mesh": {"stages": stages, "partition": [LAYERS // stages * i for i in range(1, stages)]},
+            "mesh": {"stages": stages, "split": [LAYERS // stages * i for i in range(1, stages)]},
             "model": {"family": "wan", "dtype": "float32"},
             "adapter": {"rank": 16} if kind == "lora" else None,
             "memory": {"recompute": "none"},
@@ -79,7 +79,7 @@ class Layer(nn.Module):
 
     def __init__(self, pipeline: Pipeline) -> None:
         super().__init__()
-        self.part, self.probe = pipeline.stage.part, pipeline.probe
+        self.part, self.probe = pipeline.spans[0].part, pipeline.probe
         self.batch: Batch = []
         self.number = 0
 

@@ -63,11 +63,14 @@ def plan(
     card: Annotated[
         str | None, typer.Option(metavar="NAME", help="Plan for this card, such as 'RTX 4090'.", show_default="the one here")
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Compare all meshes of N devices instead.", show_default="the config's mesh")
+    ] = None,
 ) -> None:
-    """Show stages, memory, copies and time of every bucket, and what memory.budget would choose; needs no GPU."""
+    """Show stages, memory, copies and time of every bucket, and what the planner would choose; needs no GPU."""
     from diffpipe.cli.plan import plan_command
 
-    run_command(lambda: plan_command(config, overrides, card))
+    run_command(lambda: plan_command(config, overrides, card, devices))
 
 
 @app.command()

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from diffpipe.metrics import GIB
 
 if TYPE_CHECKING:
-    from diffpipe.plan import Plan, StagePlan
+    from diffpipe.pipeline.memory.cards import Card
+    from diffpipe.plan import Plan, Scaled, StagePlan
 
 
-def plan_command(config: Path, overrides: list[str], card: str | None) -> None:
+def plan_command(config: Path, overrides: list[str], card: str | None, devices: int | None) -> None:
     from diffpipe.config.load import load_config
 
     loaded = load_config(config, overrides)
@@ -21,9 +22,12 @@ def plan_command(config: Path, overrides: list[str], card: str | None) -> None:
     quiet_libraries()
     from rich.console import Console
 
-    from diffpipe.plan import make_plan
+    from diffpipe.plan import make_plan, scale
 
-    show(make_plan(loaded, card), Console())
+    if devices is None:
+        show(make_plan(loaded, card), Console())
+    else:
+        show_meshes(*scale(loaded, devices, card), Console())
 
 
 def show(plan: Plan, console) -> None:
@@ -33,9 +37,37 @@ def show(plan: Plan, console) -> None:
         console.print(line, markup=False, highlight=False)
     for number, stage in enumerate(plan.stages):
         console.print()
-        for line in (f"stage {number}: {stage.units[0]} to {stage.units[1]}", *lines(stage)):
+        spans = ", ".join(first if first == last else f"{first} to {last}" for first, last in stage.spans)
+        for line in (f"stage {number}: {spans}", *lines(stage)):
             console.print(line, markup=False, highlight=False)
         console.print(table(stage))
+
+
+def show_meshes(card: Card, meshes: list[Scaled], console) -> None:
+    """What each mesh makes of a step, a row each."""
+    from rich import box
+    from rich.table import Table
+
+    console.print(
+        f"steps of the largest bucket on cards like {card.name}, simulated pass by pass; GiB of the busiest stage", highlight=False
+    )
+    columns = {
+        "schedule": lambda m: f"{m.mesh.schedule}" + (f" {m.mesh.spans}" if m.mesh.spans > 1 else ""),
+        "s/step": lambda m: f"{m.seconds:.3g}",
+        "samples/s": lambda m: f"{m.samples / m.seconds:.3g}",
+        "bubble": lambda m: f"{m.course.bubble:.1%}",
+        "balance": lambda m: f"{m.course.balance:.2f}",
+        "held": lambda m: _gib(m.held),
+        "sent": lambda m: _gib(m.sent),
+        "reduced": lambda m: _gib(m.reduced),
+    }
+    shown = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    shown.add_column("mesh", no_wrap=True)
+    for name in columns:
+        shown.add_column(name, justify="right", no_wrap=True)
+    for mesh in meshes:
+        shown.add_row(f"{mesh.mesh.stages} x {mesh.mesh.replicas}", *(told(mesh) for told in columns.values()))
+    console.print(shown)
 
 
 def lines(stage: StagePlan) -> Iterator[str]:

@@ -32,5 +32,6 @@ def _place(config: Config, mesh: Mesh) -> Place:
     name, memory = platform.processor() or platform.machine(), 0
     if mesh.device.type == "cuda":
         properties = torch.cuda.get_device_properties(mesh.device)
-        name, memory = properties.name, config.memory.budget or properties.total_memory
+        budget = config.mesh.memory[mesh.stage] if config.mesh.memory is not None else config.memory.budget
+        name, memory = properties.name, budget or properties.total_memory
     return Place(mesh.stage, mesh.replica, f"{name} on {platform.node()}", memory, psutil.virtual_memory().total)

@@ -42,7 +42,9 @@ class Forecast:
     @property
     def limit(self) -> tuple[int, str] | None:
         """Bytes that a step may hold, and whose limit that is."""
-        memory = self.config.memory
+        memory, by_stage = self.config.memory, self.config.mesh.memory
+        if by_stage is not None:
+            return by_stage[self.stage], "mesh.memory"
         if memory.budget is not None:
             return memory.budget, "memory.budget"
         if self.free is None:
@@ -99,9 +101,9 @@ class Forecast:
 
 
 def open_forecast(config: Config, model: DiffusionModel, mesh: Mesh) -> Forecast | None:
-    """The forecast of this rank's stage; None on a CPU whose memory section leaves nothing open, where there is no limit to keep."""
+    """The forecast of this rank's stage; None on a CPU where there is no limit to keep, and nothing left open."""
     device = mesh.device
-    if device.type != "cuda" and not is_open(config.memory):
+    if device.type != "cuda" and not is_open(config.memory) and config.mesh.memory is None:
         return None
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return Forecast(config, model, mesh.stage, find_card(None, device), int(free))

@@ -56,7 +56,7 @@ class Meter:
 
     def begin(self) -> None:
         """A step begins."""
-        self.pipeline.stage.clock.take()  # an evaluation may have run since the last step
+        self.pipeline.clock.take()  # an evaluation may have run since the last step
         self.pipeline.memory.stalled()
         self.laps.clear()
         if self.mesh.device.type == "cuda":
@@ -108,7 +108,7 @@ class Meter:
         if self.mesh.device.type == "cuda":
             self.held = torch.cuda.max_memory_allocated(self.mesh.device)
             self.peak = max(self.peak, self.held)
-        passes, computing = self.laps["passes"], self.pipeline.stage.clock.take()
+        passes, computing = self.laps["passes"], self.pipeline.clock.take()
         return Measured(
             stage=self.mesh.stage,
             replica=self.mesh.replica,

@@ -145,6 +145,12 @@ class StepRecord:
         return {n: [r for r in self.ranks if r.stage == n] for n in sorted({r.stage for r in self.ranks})}
 
     @property
+    def balance(self) -> float:
+        """The mean stage's work as a part of the largest: 1 where all have as much to do."""
+        work = [sum(rank.split.compute for rank in ranks) / len(ranks) for ranks in self.stages.values()]
+        return sum(work) / len(work) / max(work) if max(work) > 0 else 1.0
+
+    @property
     def device_peak(self) -> int:
         """The largest of all ranks, in bytes; so is ``host``."""
         return max(rank.device_peak for rank in self.ranks)

@@ -89,7 +89,7 @@ def sample_run(
                 config = forecast.config
             with explained(f"the weights of stage {mesh.stage}", mesh.device, FIXES):
                 pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
-            load_weights(checkpoint, pipeline.stage.part.model)
+            load_weights(checkpoint, pipeline.module)
             with Watch(mesh, config.mesh.timeout, tell) as watch:
                 previews = Previews(config.preview, model, pipeline, prompts, sinks, watch)
                 faults = previews.make(int(checkpoint.name.removeprefix("step-")), output or run / "samples" / checkpoint.name)

@@ -42,6 +42,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     values |= {f"time/{name}": part for name, part in record.split.parts().items()}
     values |= {f"loss_by_t/{TENTHS[n]}": sum(losses) / len(losses) for n, losses in by_tenth(record.by_time).items()}
     stages = record.stages if len(record.stages) > 1 else {}
+    values |= {"time/balance": record.balance} if stages else {}
     for stage, ranks in stages.items():
         values |= {f"time/{name}/stage{stage}": part for name, part in Split.mean([r.split for r in ranks]).parts().items()}
     for number, rank in enumerate(record.ranks if len(record.ranks) > 1 else ()):

@@ -25,13 +25,14 @@ from diffpipe.encode import cache_folder, prepare_data, prepare_prompts
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.evaluation import Evaluation
 from diffpipe.export.run import check_formats, export_weights
-from diffpipe.forecast import Comparison, Forecast, open_forecast
+from diffpipe.forecast import Comparison, Forecast
 from diffpipe.guard import Guard
 from diffpipe.meter import Meter
 from diffpipe.metrics import Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
+from diffpipe.outlook import Outlook
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
@@ -92,16 +93,15 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         model.weights()
         check_formats(config, model)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
-        forecast = open_forecast(config, model, mesh)
         asked = mesh.decide(lambda: read_prompts(config, model))
+        outlook = Outlook(config, model, mesh)
         startup.lap("plan")
-        samples, held_out = open_data(config, model, mesh, sinks, forecast=forecast, lap=startup.lap)
+        samples, held_out = open_data(config, model, mesh, sinks, outlook=outlook, lap=startup.lap)
         prompts = open_prompts(config, model, mesh, sinks, asked)
         startup.lap("encode")
-        if forecast is not None:
-            config = forecast.config
-            for line in forecast.lines():
-                sinks.note(line)
+        config, forecast = outlook.config, outlook.forecast
+        for line in outlook.lines:
+            sinks.note(line)
         torch.manual_seed(config.run.seed + mesh.rank)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)), startup.lap)
@@ -171,13 +171,13 @@ def open_data(
     mesh: Mesh,
     sinks: Sinks,
     again: bool = False,
-    forecast: Forecast | None = None,
+    outlook: Outlook | None = None,
     lap: Callable[[str], None] = lambda phase: None,
 ) -> tuple[Samples, dict[str, Samples]]:
     """The training samples and the held-out ones by name, encoded first where the cache lacks them.
 
     Args:
-        forecast: settled by the buckets that train, before anything is encoded.
+        outlook: settled by the buckets that train, before anything is encoded.
         lap: told the name of each phase when it is over.
     """
     opened: list[Samples] = []
@@ -193,7 +193,7 @@ def open_data(
             progress=sinks.progress,
             again=again,
             lap=lap,
-            **({"fits": forecast.settle} if forecast is not None and name == "train" else {}),
+            **({"fits": outlook.settle} if outlook is not None and name == "train" else {}),
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")
@@ -235,7 +235,7 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.forecast, self.startup = forecast, startup
-        self.module: nn.Module = pipeline.stage.part.model
+        self.module: nn.Module = pipeline.module
         self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
         micro, seed = config.batch.micro, config.run.seed

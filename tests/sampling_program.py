@@ -98,12 +98,12 @@ def given_up(sampler: Sampler, mesh: Mesh, wanted: Conditions, config: Config) -
 
 def after_a_shortage(sampler: Sampler, pipeline: Pipeline, wanted: Conditions, config: Config) -> Tensor:
     """The same sample once more, behind one for which the first stage had no memory in the middle of a step."""
-    unit = pipeline.stage.part.model.get_submodule(pipeline.stage.part.units[1])
+    unit = pipeline.module.get_submodule(pipeline.spans[0].part.units[1])
     forward, calls = unit.forward, []
 
     def short(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
-        if len(calls) == 2 and pipeline.stage.part.first:
+        if len(calls) == 2 and pipeline.spans[0].part.first:
             raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB")
         return forward(*args, **kwargs)
 

@@ -265,7 +265,7 @@ def test_a_step_on_the_gpu_holds_what_was_foreseen(toys: Callable[[str], Path], 
         pipeline = build(config, model, mesh)
         for _ in range(2):
             pipeline.train(batch_of(model, bucket))
-            pipeline.stage.part.model.zero_grad()
+            pipeline.module.zero_grad()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         pipeline.train(batch_of(model, bucket))

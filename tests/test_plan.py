@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,3 +56,22 @@ def test_all_weights_of_a_large_model_are_planned_block_by_block(command: Comman
     assert "s/step" in told and len(row) == 9 and max(map(len, told.splitlines())) <= 80
     # Weights alone are 22 GiB, their optimizer state 66; two blocks at a time are not a tenth of it.
     assert float(row[1]) < 9
+
+
+def test_all_meshes_of_many_devices_are_simulated(command: Command, toys: Toys, tmp_path: Path) -> None:
+    data = {"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[128, 128, 5]]}
+    config = written(tmp_path, model={"family": "wan", "path": str(toys("wan"))}, batch={"accumulate": 64}, data=data)
+    shown = command("plan", config, "--devices", 512, "--card", "H100").stdout
+    assert max(map(len, shown.splitlines())) <= 80
+    rows = [line.split() for line in shown.splitlines() if re.match(r"\d+ x \d+ ", line)]
+    # It has 6 blocks.
+    assert sorted((int(row[0]), int(row[2])) for row in rows) == [(1, 512), (2, 256), (4, 128)]
+    alone = next(row for row in rows if row[0] == "1")
+    assert alone[3] == "1f1b" and "0.0%" in alone, "a stage alone never waits"
+
+
+def test_devices_that_make_no_mesh_are_an_error(command: Command, toys: Toys, tmp_path: Path) -> None:
+    data = {"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[128, 128, 5]]}
+    config = written(tmp_path, mesh={"shard": 4}, model={"family": "wan", "path": str(toys("wan"))}, data=data)
+    done = command("plan", config, "--devices", 6, check=False)
+    assert done.exit_code == 1 and "--devices" in done.stderr and "a multiple of 4" in done.stderr

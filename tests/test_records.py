@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from diffpipe.meter import Measured, split
-from diffpipe.metrics import Smoothed, by_tenth
+from diffpipe.metrics import RankRecord, Smoothed, Split, StepRecord, by_tenth
+from diffpipe.trackers import scalars
 from tests.conftest import ROOT, World
 
 SMALL = ("run.steps=3", "data.resolutions=[64]", "data.workers=0", "eval.sets=[]", "batch.micro=2", "batch.accumulate=2")
@@ -95,6 +96,17 @@ def test_a_stage_is_idle_until_the_slowest_of_its_replica_is_through() -> None:
     assert (first.data, first.compute, first.stall, first.bubble, first.communication) == (1.0, 3.5, 1.0, 1.0, 1.5)
     assert (second.compute, second.bubble, second.communication) == (2.0, 3.5, 2.0)
     assert (other.bubble, other.communication) == (0.0, 5.0), "a replica does not wait for another's stages"
+
+
+def test_balance_is_the_mean_stages_work_as_a_part_of_the_largest() -> None:
+    def rank(stage: int, compute: float) -> RankRecord:
+        return RankRecord(stage, 0, Split(0.0, compute, 0.0, 0.0, 0.0), 0, 0)
+
+    def record(*ranks: RankRecord) -> StepRecord:
+        return StepRecord(1, 1, 0, False, 1.0, 1.0, "1x64x64", 1e-4, 1.0, 1, 4.0, 0.0, (), ranks)
+
+    assert scalars(record(rank(0, 3.0), rank(1, 1.0)))["time/balance"] == pytest.approx(2 / 3)
+    assert "time/balance" not in scalars(record(rank(0, 3.0)))
 
 
 def test_a_smoothed_value_follows_without_leaning_on_the_first() -> None:

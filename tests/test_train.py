@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from diffpipe.checkpoint import list_checkpoints
+from diffpipe.checkpoint import list_checkpoints, read_weights
 from diffpipe.cli.console import fill_bare_resume
 from tests.conftest import ROOT, Command, World
 
@@ -39,6 +41,23 @@ def test_replicas_share_a_step_that_one_process_takes_alone(world: World, comman
     more = {"mesh.stages": 2, "mesh.replicate": 2, "batch.accumulate": 2}
     shared = world(4, *PROGRAM, *arguments(tmp_path / "four", **more))
     assert losses(shared.stdout) == pytest.approx(losses(alone.stdout), rel=1e-4)
+
+
+def test_a_run_goes_on_in_another_schedule_and_cut_as_one_process_does(world: World, command: Command, tmp_path: Path) -> None:
+    more = {"run.steps": 4, "batch.accumulate": 4, "schedule.kind": "constant", "export.formats": "[diffusers]", "eval.sets": "[]"}
+    alone = command(*arguments(tmp_path / "one", **{**more, "mesh.stages": 1}))
+    stages = {**more, "mesh.stages": 2, "mesh.split": "time"}
+    begun = world(2, *PROGRAM, *arguments(tmp_path / "two", **{**stages, "mesh.schedule": "interleaved", "run.steps": 2}))
+    (run,) = [p.parent for p in (tmp_path / "two").glob("*/config.yaml")]
+    kept = read_weights(list_checkpoints(run / "checkpoints")[-1])
+    exported = load_file(next((run / "exports").glob("*/transformer/*.safetensors")))
+    assert exported.keys() == kept.keys() and all(torch.equal(t, kept[name]) for name, t in exported.items())
+    ended = world(2, *PROGRAM, *arguments(tmp_path / "two", **{**stages, "mesh.schedule": "1f1b"}), "--resume", run.name)
+    assert losses(begun.stdout) + losses(ended.stdout) == pytest.approx(losses(alone.stdout), rel=1e-4)
+    assert "mesh.schedule was 'interleaved', now '1f1b'" in ended.stdout
+    measured = [re.search(r"measured (\d+) kinds of units, (\d+) were known", done.stdout) for done in (begun, ended)]
+    assert [found and found.groups() for found in measured] == [("2", "0"), ("0", "2")], "two kinds of blocks"
+    assert begun.stdout.count("predicted: bubble") == 1
 
 
 def test_a_run_with_loader_workers_ends_when_it_is_through(world: World, tmp_path: Path) -> None:
@@ -113,9 +132,16 @@ def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
     assert told not in done.stdout, "it is said once"
 
 
-def test_every_process_of_a_launch_ends_with_the_mistake(world: World, tmp_path: Path) -> None:
-    done = world(2, *PROGRAM, *arguments(tmp_path / "run", **{"mesh.stages": 1}), check=False)
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"mesh.stages": 1}, "expected: 1 process"),
+        ({"mesh.stages": 2, "mesh.schedule": "interleaved", "mesh.spans": 9}, "2 stages of 9 spans for 8 units"),
+    ],
+)
+def test_every_process_of_a_launch_ends_with_the_mistake(world: World, tmp_path: Path, settings: dict[str, object], told: str) -> None:
+    done = world(2, *PROGRAM, *arguments(tmp_path / "run", **settings), check=False)
     assert done.returncode == 1
-    assert "expected: 1 process" in done.stderr
+    assert told in done.stderr
     # torchrun adds a report of its own after the message.
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]

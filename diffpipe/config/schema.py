@@ -18,6 +18,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def bytes_of(given: Any) -> Any:
+    """A number of bytes from text such as 12GiB, 12GB or 12000MiB."""
+    if not isinstance(given, str):
+        return given
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", given)
+    if found is None:
+        raise ValueError(f"{given!r} is no amount of memory, such as 12GiB, 12GB or 12000MiB")
+    prefix = found[2] or ""
+    return int(float(found[1]) * (1024 if prefix.endswith("i") else 1000) ** " kMGT".index(prefix[0] if prefix else " "))
+
+
+# What is written is text with a unit, or a number of bytes.
+Bytes = Annotated[int, Field(ge=1), BeforeValidator(bytes_of, json_schema_input_type=int | str)]
+
+
 class RunConfig(Section):
     steps: Positive | None = Field(default=None, description="Optimizer steps to train; null trains `epochs`.")
     epochs: Positive | None = Field(
@@ -30,6 +45,11 @@ class RunConfig(Section):
         if self.steps is None and self.epochs is None:
             raise ValueError("set steps, epochs or both: the run would have no end")
         return self
+
+
+def fills_rounds(microbatches: int, stages: int) -> bool:
+    """Whether a step's microbatches make rounds of one size, of at least as many as stages where there are so many."""
+    return microbatches % max(1, microbatches // stages) == 0
 
 
 class MeshConfig(Section):
@@ -46,10 +66,29 @@ class MeshConfig(Section):
         " microbatch's, so that at most two blocks are whole at once; false gathers all of a stage once a step and shares gradients out"
         " at its end, which takes less communication and more memory.",
     )
-    partition: list[Positive] | None = Field(
-        default=None, description="The unit at which each stage after the first begins, counted from 0; null balances parameter bytes."
+    schedule: Literal["auto", "1f1b", "interleaved", "gpipe", "zero-bubble"] = Field(
+        default="auto",
+        description="Order of a step's passes: `1f1b` takes a microbatch back as soon as it can; `interleaved` does so with several spans"
+        " of units on each stage, which idles less and sends more; `gpipe` takes all ahead, then all back; `zero-bubble` fills what is idle"
+        " with the gradients of weights (without adapter, mesh.shard and memory policies). `auto` is the one of these that is estimated to"
+        " take least time and fits: never gpipe where there are as many microbatches as stages.",
     )
-
+    spans: Positive | None = Field(
+        default=None,
+        description="Spans of units that each stage holds, for `interleaved` (2 or more) and `zero-bubble`; null is as many as are"
+        " estimated to take least time.",
+    )
+    split: Literal["auto", "parameters", "time", "memory"] | list[Positive] = Field(
+        default="auto",
+        description="Where the model is cut: `parameters` balances bytes of weights; `time` how long units take, measured at the start and"
+        " kept beside the cache; `auto` the same as estimated; `memory` how full stages are. Or the unit at which each span after the"
+        " first begins, counted from 0, such as [10, 20].",
+    )
+    memory: list[Bytes] | None = Field(
+        default=None,
+        description="Most that each stage may hold on its device, such as [24GiB, 16GiB] for uneven cards: where there is a choice, the"
+        " model is cut so that each fits. null is memory.budget for all, or what is free.",
+    )
     timeout: float = Field(
         default=600.0,
         gt=0,
@@ -62,13 +101,31 @@ class MeshConfig(Section):
         """Ranks of a stage, which train on different samples."""
         return self.replicate * self.shard
 
+    @property
+    def all_spans(self) -> int:
+        """Spans of the whole model, of which stage ``n`` holds those numbered n, n + stages, ..."""
+        return self.stages * (self.spans or (2 if self.schedule == "interleaved" else 1))
+
     @model_validator(mode="after")
-    def _partition_fits(self) -> MeshConfig:
-        if self.partition is not None:
-            if len(self.partition) != self.stages - 1:
-                raise ValueError(f"partition has {len(self.partition)} entries, but {self.stages} stages need {self.stages - 1}")
-            if sorted(set(self.partition)) != self.partition:
-                raise ValueError("partition must rise strictly, such as [10, 20]")
+    def _schedule_fits(self) -> MeshConfig:
+        if self.schedule in ("interleaved", "zero-bubble") and self.stages == 1:
+            raise ValueError(f"schedule is {self.schedule}, which needs stages 2 or more; set it to auto")
+        if self.schedule == "interleaved" and self.spans == 1:
+            raise ValueError("schedule is interleaved, which needs spans 2 or more; set spans to null, or schedule to 1f1b")
+        if (self.schedule in ("1f1b", "gpipe") or self.stages == 1) and (self.spans or 1) > 1:
+            raise ValueError(f"spans is {self.spans}, which needs schedule interleaved or zero-bubble and stages 2 or more; set it to null")
+        return self
+
+    @model_validator(mode="after")
+    def _split_fits(self) -> MeshConfig:
+        if isinstance(self.split, list):
+            if len(self.split) != self.all_spans - 1:
+                spans = f" of {self.all_spans // self.stages} spans" if self.all_spans > self.stages else ""
+                raise ValueError(f"split has {len(self.split)} entries, but {self.stages} stages{spans} need {self.all_spans - 1}")
+            if sorted(set(self.split)) != self.split:
+                raise ValueError("split must rise strictly, such as [10, 20]")
+        if self.memory is not None and len(self.memory) != self.stages:
+            raise ValueError(f"memory has {len(self.memory)} entries for {self.stages} stages")
         return self
 
 
@@ -450,21 +507,6 @@ class ExportConfig(Section):
     dtype: DType | None = Field(default=None, description="Type of exported weights; null keeps model.dtype.")
 
 
-def bytes_of(given: Any) -> Any:
-    """A number of bytes from text such as 12GiB, 12GB or 12000MiB."""
-    if not isinstance(given, str):
-        return given
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?)?B?\s*", given)
-    if found is None:
-        raise ValueError(f"{given!r} is no amount of memory, such as 12GiB, 12GB or 12000MiB")
-    prefix = found[2] or ""
-    return int(float(found[1]) * (1024 if prefix.endswith("i") else 1000) ** " kMGT".index(prefix[0] if prefix else " "))
-
-
-# What is written is text with a unit, or a number of bytes.
-Bytes = Annotated[int, Field(ge=1), BeforeValidator(bytes_of, json_schema_input_type=int | str)]
-
-
 class MemoryConfig(Section):
     budget: Bytes | None = Field(
         default=None,
@@ -618,6 +660,38 @@ class Config(Section):
         if self.memory.order == "layer" and self.mesh.stages > 1:
             raise ValueError(f"memory.order is layer, which needs mesh.stages 1, found {self.mesh.stages}; set it to microbatch or null")
         return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Config:
+        count, stages, schedule = self.batch.accumulate, self.mesh.stages, self.mesh.schedule
+        named = schedule in ("interleaved", "zero-bubble")
+        if (named or (self.mesh.spans or 1) > 1) and not fills_rounds(count, stages):
+            told = f"mesh.schedule is {schedule}" if named else f"mesh.spans is {self.mesh.spans}"
+            raise ValueError(
+                f"{told}, which takes microbatches through in rounds of one size: batch.accumulate must be a multiple of mesh.stages"
+                f" {stages}, or less than twice it, found {count}"
+            )
+        if self.mesh.memory is not None and self.memory.budget is not None:
+            raise ValueError("mesh.memory and memory.budget both say what stages may hold; set one of them to null")
+        if schedule == "zero-bubble" and (faults := self.against_zero_bubble):
+            raise ValueError(f"mesh.schedule is zero-bubble, so {'; '.join(faults)}; or take another schedule")
+        return self
+
+    @property
+    def against_zero_bubble(self) -> list[str]:
+        """Why the gradients of weights cannot wait, with what would cure it."""
+        memory = self.memory
+        found = [
+            (self.adapter is not None, "adapter must be null: where weights are frozen there is nothing that can wait"),
+            (memory.recompute != "none", "memory.recompute must be none: each part of a pass would compute all again"),
+            (memory.budget is not None, "memory.budget must be null: what it might choose is none of these"),
+            (memory.swap != 0, "memory.swap must be 0: weights would be gone before their gradients are computed"),
+            (memory.offload, "memory.offload must be false: activations come back once"),
+            (memory.compile, "memory.compile must be false: a compiled backward pass has no parts"),
+            (self.optimizer.release, "optimizer.release must be false: gradients are complete only behind the backward pass"),
+            (self.mesh.shard > 1, "mesh.shard must be 1: FSDP shares gradients out in the backward pass"),
+        ]
+        return [told for unfit, told in found if unfit]
 
     @model_validator(mode="after")
     def _sharding_fits(self) -> Config:

@@ -228,11 +228,11 @@ def _partition(draft: Draft, old: Table, family: Family) -> None:
     split = old.entries("partition_split")
     if method == "parameters":
         if "partition_method" in old:
-            draft.tell(old, "partition_method", "carried", "mesh.partition", "null: stages have equal bytes of weights")
+            draft.carry(old, "partition_method", "mesh.split")
         draft.leave(old, "partition_split", "diffusion-pipe reads it with partition_method manual only; nothing to do")
         return
     if method != "manual":
-        draft.leave(old, "partition_method", "stages have equal bytes of weights, or begin where mesh.partition says; set that")
+        draft.leave(old, "partition_method", "stages are balanced by what mesh.split says, or begin where it does; set that")
         draft.leave(old, "partition_split", "diffusion-pipe reads it with partition_method manual only; nothing to do")
         return
     if not all(isinstance(layer, int) for layer in split):
@@ -240,7 +240,7 @@ def _partition(draft: Draft, old: Table, family: Family) -> None:
     units = [sum(family.units[:layer]) for layer in split]
     if len(units) != int(old.number("pipeline_stages", 1)) - 1 or sorted(set(units)) != units or (units and units[0] < 1):
         draft.leave(old, "partition_method", "its partition_split makes no stages")
-        draft.leave(old, "partition_split", f"its layers make the units {units}, which are no beginnings of stages; set mesh.partition")
+        draft.leave(old, "partition_split", f"its layers make the units {units}, which are no beginnings of stages; set mesh.split")
         return
-    draft.tell(old, "partition_method", "carried", "mesh.partition", "stages begin where that says")
-    draft.change(old, "partition_split", "mesh.partition", units, "units are counted rather than layers, of which the first is no unit")
+    draft.tell(old, "partition_method", "carried", "mesh.split", "stages begin where that says")
+    draft.change(old, "partition_split", "mesh.split", units, "units are counted rather than layers, of which the first is no unit")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -14,9 +14,9 @@ from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
 from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
-from diffpipe.models.base import DiffusionModel
+from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.pipeline.attention import Attention
-from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
+from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
 from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.memory.quantize import FrozenLinear, has_products, quantize
@@ -45,25 +45,35 @@ def build(
     whole, spans = outline(config, model)
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
+    numbers = range(mesh.stage, len(spans), mesh.stages)
     # What crosses this rank's borders follows from the parts before them; nothing crosses behind the last.
-    twins = [Part(duplicate(whole), model.spec, *span, fakes) for span in spans[:-1][: mesh.stage + 1]]
+    twins = [Part(duplicate(whole), model.spec, *span, fakes) for span in spans[:-1][: numbers[-1] + 1]]
     for twin in twins:
         fakes.fill(twin)
     probe = Probe(twins, fakes, precision, model.spec.lengths)
-    part = Part(whole, model.spec, *spans[mesh.stage], fakes)
-    quantize(part.model, part.units, config.memory, model, has_products(mesh.device), model.weights())
-    units = [part.model.get_submodule(unit) for unit in part.units]
+    parts = parts_of(whole, model.spec, [spans[n] for n in numbers], fakes)
+    for part in parts:
+        quantize(part.model, part.units, config.memory, model, has_products(mesh.device), model.weights())
+    units = [part.model.get_submodule(unit) for part in parts for unit in part.units]
     for unit in units:
         chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
-    shards = None if mesh.axes is None else Shards(part, mesh.axes, config.mesh.reshard)
+    shards = [] if mesh.axes is None else [Shards(part, mesh.axes, config.mesh.reshard) for part in parts]
     memory = MemoryLayer(config.memory, units, mesh.device, config.optimizer)
     lap("build")
-    read_weights(part, model, config, mesh.device, progress, memory.homes.values())
+    read_weights(parts, model, config, mesh.device, progress, memory.homes.values())
     lap("weights")
     memory.wrap()
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
     attention = Attention(config.model.attention, mesh.device, repeats=not any(mesh.exchange(config.steps_in_backward)))
-    return Pipeline(Stage(part, precision, mesh.device, model.objective), mesh, probe, memory, attention, shards)
+    stages = [Stage(part, precision, mesh.device, model.objective) for part in parts]
+    return Pipeline(stages, config.mesh.schedule, mesh, probe, memory, attention, shards)
+
+
+def parts_of(whole: nn.Module, spec: StageSpec, spans: Sequence[Span], fakes: Fakes) -> list[Part]:
+    """A part for each span of one rank, which takes the model apart; what every part has they hold once."""
+    shared = {module: module for path in expand(whole, spec.replicate) for module in whole.get_submodule(path).modules()}
+    models = [duplicate(whole, dict(shared)) for _ in spans[1:]] + [whole]
+    return [Part(model, spec, *span, fakes) for model, span in zip(models, spans, strict=True)]
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
@@ -88,9 +98,9 @@ def precision_of(config: Config, device: torch.device) -> Callable[[], AbstractC
 
 
 def read_weights(
-    part: Part, model: DiffusionModel, config: Config, device: torch.device, progress: LoadProgress, homes: Collection[Home] = ()
+    parts: Sequence[Part], model: DiffusionModel, config: Config, device: torch.device, progress: LoadProgress, homes: Collection[Home] = ()
 ) -> None:
-    """Fill what the part owns, one tensor at a time straight to where it stays, so that the host never holds two.
+    """Fill what the parts own, one tensor at a time straight to where it stays, so that the host never holds two.
 
     Of a tensor that is sharded this rank keeps its shard, so that it never holds all of any two.
 
@@ -99,13 +109,13 @@ def read_weights(
     """
     source = model.weights()
     at_home = {id(s.owner._parameters[s.leaf]) for home in homes for s in home.slices}
-    wanted = [(n, t) for n, t in [*part.model.named_parameters(), *part.model.named_buffers()] if t.is_meta or id(t) in at_home]
-    wanted = [(n, t) for n, t in wanted if not is_adapter(n)]
-    total = sum(t.nbytes for _, t in wanted)
+    named = [(part.model, n, t) for part in parts for n, t in [*part.model.named_parameters(), *part.model.named_buffers()]]
+    wanted = [(m, n, t) for m, n, t in named if (t.is_meta or id(t) in at_home) and not is_adapter(n)]
+    total = sum(t.nbytes for _, _, t in wanted)
     done = 0
-    for name, empty in wanted:
+    for module, name, empty in wanted:
         owner, _, leaf = name.rpartition(".")
-        layer = part.model.get_submodule(owner)
+        layer = module.get_submodule(owner)
         if not isinstance(layer, FrozenLinear) or leaf == "bias":
             values = {leaf: source.read(base_name(name), empty.dtype)}
         elif leaf == "codes":
@@ -123,8 +133,9 @@ def read_weights(
         progress(done, total)
     if config.adapter is not None:
         given = read_adapter(config.adapter.init, model) if config.adapter.init is not None else None
-        initialise(part.model, config.adapter, config.run.seed, device, given, lambda layer: _adapted(part.model, layer).float())
-    for owner_module in part.modules():
+        for module in [part.model for part in parts]:
+            initialise(module, config.adapter, config.run.seed, device, given, lambda layer, of=module: _adapted(of, layer).float())
+    for owner_module in [module for part in parts for module in part.modules()]:
         for leaf, tensor in [*owner_module._parameters.items(), *owner_module._buffers.items()]:
             if tensor is not None and id(tensor) not in at_home and tensor.device != device:
                 _place(owner_module, leaf, tensor, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -31,6 +33,15 @@ class Clock:
         if self.begun is not None:
             self.spans.append((self.begun, self._now()))
             self.begun = None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """From ``start`` to ``stop``."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
 
     def take(self) -> float:
         """Seconds since the last call; the device must have finished what was timed."""

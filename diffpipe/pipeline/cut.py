@@ -283,6 +283,21 @@ class Part(nn.Module):
         return tuple(o for o in tree_flatten(outputs)[0] if isinstance(o, Tensor)), None
 
 
+def joined(parts: Sequence[Part]) -> nn.Module:
+    """All that parts of one model hold, in one tree under the model's names, which is not for running; of one part, its model."""
+    if len(parts) == 1:
+        return parts[0].model
+    held = [part.model.get_submodule(unit) for part in parts for unit in part.units]
+    tree = duplicate(parts[0].model, {module: module for unit in held for module in unit.modules()})
+    for part in parts[1:]:
+        for path in [path for path, module in tree.named_modules() if isinstance(module, _Hole)]:
+            own = part.model.get_submodule(path)
+            if not isinstance(own, _Hole):
+                tree.set_submodule(path, own)
+        tree._parameters |= {name: p for name, p in part.model._parameters.items() if p is not None}
+    return tree
+
+
 def _before_units(model: nn.Module, others: set[str]) -> list[str]:
     """Outermost modules with parameters that are neither units, carried, replicated nor used after the units."""
     found: list[str] = []
@@ -350,6 +365,9 @@ class Border:
     tensors: tuple[Tensor, ...]
     layout: Layout | None
     ragged: tuple[int | None, ...]
+
+
+NOTHING = Border((), None, ())  # before the first part and behind the last
 
 
 class Probe:

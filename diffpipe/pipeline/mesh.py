@@ -233,29 +233,37 @@ def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> It
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE, device_id=device if nccl else None, store=store, rank=rank, world_size=world)
     try:
-        kind = "cuda" if device.type == "cuda" and launched else "cpu"
-        axes = init_device_mesh(kind, (config.stages, config.replicas), mesh_dim_names=("stage", "replica"))
-        finer: DeviceMesh | None = None
-        if config.shard > 1:
-            whole = init_device_mesh(kind, (config.stages, config.replicate, config.shard), mesh_dim_names=("stage", "replicate", "shard"))
-            finer = whole["replicate", "shard"] if config.replicate > 1 else whole["shard"]
-        yield Mesh(
-            rank=dist.get_rank(),
-            world=world,
-            stage=axes.get_local_rank("stage"),
-            stages=config.stages,
-            replica=axes.get_local_rank("replica"),
-            replicas=config.replicas,
-            shard=axes.get_local_rank("replica") % config.shard,
-            shards=config.shard,
-            device=device,
-            stage_group=axes.get_group("stage"),
-            replica_group=axes.get_group("replica"),
-            store=store,
-            axes=finer,
-        )
+        yield laid_out(config, device, "cuda" if device.type == "cuda" and launched else "cpu", store)
     finally:
         dist.destroy_process_group()
+
+
+def laid_out(config: MeshConfig, device: torch.device, kind: str, store: Store) -> Mesh:
+    """This rank's place in the process group that there is, of stages x replicate x shard ranks.
+
+    Args:
+        kind: of the devices that ranks send from.
+    """
+    axes = init_device_mesh(kind, (config.stages, config.replicas), mesh_dim_names=("stage", "replica"))
+    finer: DeviceMesh | None = None
+    if config.shard > 1:
+        whole = init_device_mesh(kind, (config.stages, config.replicate, config.shard), mesh_dim_names=("stage", "replicate", "shard"))
+        finer = whole["replicate", "shard"] if config.replicate > 1 else whole["shard"]
+    return Mesh(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        stage=axes.get_local_rank("stage"),
+        stages=config.stages,
+        replica=axes.get_local_rank("replica"),
+        replicas=config.replicas,
+        shard=axes.get_local_rank("replica") % config.shard,
+        shards=config.shard,
+        device=device,
+        stage_group=axes.get_group("stage"),
+        replica_group=axes.get_group("replica"),
+        store=store,
+        axes=finer,
+    )
 
 
 def _meet() -> Store:

@@ -15,8 +15,8 @@ from diffpipe.flow import Key
 from diffpipe.models.adapters import is_adapter
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim.size import state_bytes
-from diffpipe.pipeline.build import outline, precision_of
-from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate
+from diffpipe.pipeline.build import outline, parts_of, precision_of
+from diffpipe.pipeline.cut import NOTHING, Fakes, Part, Probe, duplicate
 from diffpipe.pipeline.memory.arena import make_plan
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import Card
@@ -26,15 +26,38 @@ from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
 from diffpipe.pipeline.memory.host import HostMemory
 from diffpipe.pipeline.memory.layer import chosen, order_of
-from diffpipe.pipeline.memory.ledger import rounded
+from diffpipe.pipeline.memory.ledger import Work, rounded
 from diffpipe.pipeline.memory.quantize import quantize
 from diffpipe.pipeline.memory.stream import Stream, streamed
 from diffpipe.pipeline.memory.timeline import Recorder, Timeline, Visit
+from diffpipe.pipeline.order import in_flight, passes_of
 from diffpipe.pipeline.stage import sum_errors
 
 CPU = torch.device("cpu")
 PAGEABLE = 0.5  # rate of copies from memory that is not page-locked, in parts of that from memory that is
 Dims = tuple[int, int, int]  # of a bucket: frames, height, width
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one unit adds to whichever stage holds it; what lies before the units is counted to the first.
+
+    Attributes:
+        ahead, back: the work of a microbatch's passes.
+        fixed: bytes of weights, gradients and optimizer state.
+        saved: bytes that it keeps of each microbatch in flight.
+        workspace: bytes that its passes take beside.
+        sent: bytes that come out of it.
+        parameters: bytes of its weights.
+    """
+
+    ahead: Work
+    back: Work
+    fixed: int
+    saved: int
+    workspace: int
+    sent: int
+    parameters: int
 
 
 @dataclass(frozen=True)
@@ -80,17 +103,25 @@ class Rehearsal:
         whole, spans = outline(config, model)
         self.fakes = Fakes(CPU)
         self.precision = precision_of(config, CPU)
-        twins = [Part(duplicate(whole), model.spec, *span, self.fakes) for span in spans[:-1][: stage + 1]]
+        self.numbers = range(stage, len(spans), config.mesh.stages)
+        twins = [Part(duplicate(whole), model.spec, *span, self.fakes) for span in spans[:-1][: self.numbers[-1] + 1]]
         for twin in twins:
             self.fakes.fill(twin)
         self.probe = Probe(twins, self.fakes, self.precision, model.spec.lengths)
-        self.part = Part(whole, model.spec, *spans[stage], self.fakes)
-        self.units = [self.part.model.get_submodule(unit) for unit in self.part.units]
-        quantize(self.part.model, self.part.units, config.memory, model, card.multiplies_fp8)
+        plain = "interleaved" if len(self.numbers) > 1 else "1f1b"
+        schedule = plain if config.mesh.schedule == "auto" else config.mesh.schedule
+        passes = passes_of(schedule, config.mesh.stages, len(self.numbers), config.batch.accumulate)[stage]
+        self.in_flight = -(-in_flight(passes) // len(self.numbers))
+        # What several spans hold is rehearsed as if a microbatch went through one right after the other.
+        self.parts = parts_of(whole, model.spec, [spans[n] for n in self.numbers], self.fakes)
+        self.holder = nn.ModuleList(self.parts)
+        for part in self.parts:
+            quantize(part.model, part.units, config.memory, model, card.multiplies_fp8)
+        self.units = [part.model.get_submodule(unit) for part in self.parts for unit in part.units]
         for unit in self.units:
             chunk(unit, config.memory.feed_forward_chunks, config.memory.compile)
-        self.fakes.fill(self.part)
-        self.part.train()
+        self.fakes.fill(self.holder)
+        self.holder.train()
         # As they are, for the recorder puts others in their places.
         self.plain = [duplicate(unit) for unit in self.units]
         self.recorder = Recorder(self.units, self.fakes, self.precision)
@@ -99,7 +130,7 @@ class Rehearsal:
         self.compiled: dict[Any, Compiled] = {}
         self.residencies: dict[Any, Residency] = {}
         self.peaks: dict[Any, Peak] = {}
-        trained = [p for p in self.part.parameters() if p.requires_grad]
+        trained = [p for p in self.holder.parameters() if p.requires_grad]
         self.trained, self.state = sum(rounded(p.nbytes) for p in trained), state_bytes(config.optimizer, trained)
 
     def estimate(self, bucket: Dims, memory: MemoryConfig) -> Estimate:
@@ -134,14 +165,54 @@ class Rehearsal:
             gathered=held.gathered,
         )
 
+    def inventory(self, bucket: Dims) -> list[Unit]:
+        """The stage's units, as the config's memory section treats them."""
+        timeline, memory = self.timeline(bucket), self.config.memory
+        threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
+        outside = {id(p): p for p in self.holder.parameters()}
+        found: list[Unit] = []
+        for visit in (e for e in timeline.ahead if isinstance(e, Visit)):
+            policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
+            taken = self._footprint(timeline, visit, policy, threshold, memory.compile)
+            own = list(self.units[visit.unit].parameters())
+            for p in own:
+                outside.pop(id(p), None)
+            entering = sum(isinstance(x, Tensor) for x in timeline.calls[visit.kind][1].leaves)
+            held = {visit.leaves[place] for place in taken.held}
+            found.append(
+                Unit(
+                    ahead=taken.ahead,
+                    back=taken.back,
+                    fixed=self._fixed(own),
+                    saved=taken.kept + sum(timeline.bytes.get(s, 0) for s in held),
+                    workspace=max(taken.forward, taken.backward),
+                    sent=sum(timeline.bytes.get(s, 0) for s in set(visit.leaves[entering:]) - set(visit.leaves[:entering])),
+                    parameters=sum(p.nbytes for p in own),
+                )
+            )
+        rest = list(outside.values())
+        found[0] = replace(
+            found[0],
+            ahead=found[0].ahead + timeline.work,
+            fixed=found[0].fixed + self._fixed(rest),
+            parameters=found[0].parameters + sum(p.nbytes for p in rest),
+        )
+        return found
+
+    def _fixed(self, parameters: Sequence[nn.Parameter]) -> int:
+        shards = self.config.mesh.shard
+        trained = [p for p in parameters if p.requires_grad]
+        frozen = sum(rounded(p.nbytes) for p in parameters if not p.requires_grad) // shards
+        held = 2 * sum(rounded(p.nbytes) for p in trained) + state_bytes(self.config.optimizer, trained)
+        return frozen + held // (shards if self.config.adapter is None else 1)
+
     def _together(self, memory: MemoryConfig) -> bool:
         """Whether all microbatches pass a unit before any goes on."""
         return self.config.mesh.stages == 1 and order_of(memory) == "layer"
 
     def _in_flight(self, memory: MemoryConfig) -> int:
         """Microbatches whose activations this stage holds at once."""
-        stages, count = self.config.mesh.stages, self.config.batch.accumulate
-        return count if count < stages or self._together(memory) else min(count, stages - self.stage)
+        return self.config.batch.accumulate if self._together(memory) else self.in_flight
 
     def _peak(self, bucket: Dims, memory: MemoryConfig) -> Peak:
         threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
@@ -181,20 +252,22 @@ class Rehearsal:
         inputs, targets = self.model.prepare(
             {n: t[None].expand(count, *t.shape) for n, t in row.items()}, [Key(0, 0, i, 0) for i in range(count)]
         )
-        before = self.probe.borders(inputs)[self.stage - 1] if self.stage else None
+        borders = [NOTHING, *self.probe.borders(inputs)]
         fake = {n: self._fake(n, x) for n, x in inputs.items()}
         wanted = tree_map(lambda x: self.fakes.tensor(x) if isinstance(x, Tensor) else x, targets)
-        payload = tuple(self.fakes.tensor(t) for t in before.tensors) if before else ()
+        payloads = [tuple(self.fakes.tensor(t) for t in borders[number].tensors) for number in self.numbers]
         given = [getattr(x, "twin", x) for x in tree_leaves((fake, wanted)) if isinstance(x, Tensor)]
 
         def forward() -> list[Tensor]:
-            with self.precision():
-                sent, _ = as_on_cuda(self.part)(payload, before.layout if before else None, fake)
-            if not self.part.last:
-                return list(sent)
-            return [sum_errors(sent, wanted, self.config.objective.loss, self.config.objective.delta)]
+            leaving: list[Tensor] = []
+            for number, part, payload in zip(self.numbers, self.parts, payloads, strict=True):
+                with self.precision():
+                    sent, _ = as_on_cuda(part)(payload, borders[number].layout, fake)
+                loss = self.config.objective
+                leaving += [sum_errors(sent, wanted, loss.loss, loss.delta)] if part.last else sent
+            return leaving
 
-        return self.recorder.record([*self.part.parameters(), *self.part.buffers()], given, forward)
+        return self.recorder.record([*self.holder.parameters(), *self.holder.buffers()], given, forward)
 
     def _fake(self, name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -214,7 +287,7 @@ class Rehearsal:
             return self._shared()
         numbers = chosen(len(self.units), memory.swap)
         streams = {id(p) for n in numbers for name, p in self.units[n].named_parameters() if not is_adapter(name)}
-        frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
+        frozen = [t for t in [*self.holder.parameters(), *self.holder.buffers()] if not t.requires_grad]
         resident = sum(rounded(t.nbytes) for t in frozen if id(t) not in streams)
         states = [state_bytes(self.config.optimizer, self._trained(n)) for n in self._apart(memory, self.config.optimizer.offload)]
         state, moving = self.state - sum(states) + sum(sorted(states)[-2:]), sum(states)
@@ -241,11 +314,11 @@ class Rehearsal:
     def _shared(self) -> Residency:
         """Where weights lie that ranks share: a shard of each, and those whole that are gathered at once."""
         shards, reshard = self.config.mesh.shard, self.config.mesh.reshard
-        shared = {id(p): rounded(p.nbytes) for name, p in self.part.named_parameters() if not is_adapter(name)}
+        shared = {id(p): rounded(p.nbytes) for name, p in self.holder.named_parameters() if not is_adapter(name)}
         units = sorted((sum(shared[id(p)] for p in unit.parameters() if id(p) in shared) for unit in self.units), reverse=True)
         most = sum(shared.values()) - (sum(units[2:]) if reshard else 0)
-        trained = [p for p in self.part.parameters() if p.requires_grad]
-        frozen = [t for t in [*self.part.parameters(), *self.part.buffers()] if not t.requires_grad]
+        trained = [p for p in self.holder.parameters() if p.requires_grad]
+        frozen = [t for t in [*self.holder.parameters(), *self.holder.buffers()] if not t.requires_grad]
         whole = self.config.adapter is None  # what trains is shared too
         return Residency(
             resident=sum(shared[id(t)] // shards if id(t) in shared else rounded(t.nbytes) for t in frozen),

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleLoopedBFS,
+)
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
@@ -17,7 +24,8 @@ from diffpipe.config.schema import MemoryConfig
 from diffpipe.models.base import Targets
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.averaging import Averaging
-from diffpipe.pipeline.cut import Border, Probe
+from diffpipe.pipeline.clock import Clock
+from diffpipe.pipeline.cut import NOTHING, Border, Probe, joined
 from diffpipe.pipeline.kept import Kept
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
@@ -26,33 +34,48 @@ from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
 Microbatches = list[tuple[dict[str, Any], Targets]]
-NOTHING = Border((), None, ())
 
 
 class Pipeline:
     """All stages of one replica, as seen from one of them.
 
-    torch's stage and schedule are made anew where shapes change. Their metadata is given, so no extra pass is ever run to find it.
+    torch's stages and schedule are made anew where shapes change. Their metadata is given, so no extra pass is ever run to find it.
+
+    Args:
+        spans: one for each span that this rank holds, in order.
+        order: of the passes, as ``mesh.schedule`` has it.
 
     Attributes:
+        module: all that this rank holds, under the model's names; not for running.
+        clock: time spent in this rank's forward and backward passes.
         shares: on the last stage, what each microbatch of the last step added to its loss.
         trained: by the name of each parameter that trains, what an optimizer steps for it.
     """
 
     def __init__(
-        self, stage: Stage, mesh: Mesh, probe: Probe, memory: MemoryLayer, attention: Attention, shards: Shards | None = None
+        self,
+        spans: Sequence[Stage],
+        order: str,
+        mesh: Mesh,
+        probe: Probe,
+        memory: MemoryLayer,
+        attention: Attention,
+        shards: Sequence[Shards] = (),
     ) -> None:
-        self.stage, self.mesh, self.probe, self.memory, self.attention, self.shards = stage, mesh, probe, memory, attention, shards
+        self.spans, self.order, self.mesh, self.probe, self.memory, self.attention = spans, order, mesh, probe, memory, attention
+        self.shards, self.clock = shards, Clock(mesh.device)
         self.shares: list[Tensor] = []
-        self.kept = Kept[Schedule1F1B | ScheduleGPipe]()
-        self.trained = {name: stand_in(p) for name, p in stage.part.model.named_parameters() if p.requires_grad}
-        if shards is not None:
-            stage.on_last_backward = shards.last
+        self.kept = Kept[Any]()
+        self.module = joined([stage.part for stage in spans])
+        self.trained = {name: stand_in(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        for stage, own in zip(spans, shards, strict=bool(shards)):
+            stage.on_last_backward = own.last
         self._set_order()
 
     def change_memory(self, config: MemoryConfig) -> None:
         """Go on by another memory section, after a step that did not end."""
-        self.stage.inputs = StepInputs()
+        for stage in self.spans:
+            stage.inputs = StepInputs()
         self.memory.change(config)
         self._set_order()
 
@@ -77,18 +100,24 @@ class Pipeline:
     def averaging(self) -> Averaging:
         """That of whole weights. Made with the first step: by then it is known which are stepped, and averaged, in the backward pass."""
         apart = self.memory.stepped_early()
-        whole = [p for p in self.stage.part.model.parameters() if p.requires_grad and p not in apart and not isinstance(p, DTensor)]
+        whole = [p for p in self.module.parameters() if p.requires_grad and p not in apart and not isinstance(p, DTensor)]
         return Averaging(whole if self.mesh.replicas > 1 else [], self.mesh.replica_group)
 
     def _backward_passes(self, microbatches: int) -> int:
-        """How many of a step end at a parameter; 0 where a step may be begun again by this rank alone."""
-        if self.memory.config.on_oom == "adapt":
+        """How many of a step end at a parameter; 0 where a step may be begun again by this rank alone, or they cannot be told so."""
+        several = len(self.spans) > 1 and self._repeated()  # passes of different spans end there
+        if self.memory.config.on_oom == "adapt" or several or self.order == "zero-bubble":
             return 0
         return 1 if self.lockstep is not None else microbatches
 
+    def _repeated(self) -> set[str]:
+        """Names of parameters that every stage holds."""
+        return {name for stage in self.spans for name in stage.part.repeated}
+
     def losses(self) -> Tensor:
         """Of each sample of the step that ``train`` ran, in order, on the last stage; of none on the others."""
-        parts = [self.stage.losses[number] for number in sorted(self.stage.losses)]
+        losses = self.spans[-1].losses
+        parts = [losses[number] for number in sorted(losses)]
         return torch.cat(parts) if parts else torch.empty(0, device=self.mesh.device)
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -98,18 +127,18 @@ class Pipeline:
         What steps for a sharded parameter has the memory of its gradient from here on.
         """
         self.averaging.finish()
-        part = self.stage.part
+        repeated = self._repeated()
         own: list[Tensor] = []
         counted: list[Tensor] = []
-        for name, parameter in part.model.named_parameters():
+        for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if name in part.repeated and self.mesh.stages > 1:
+            if name in repeated and self.mesh.stages > 1:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 self.mesh.sum_over_stages(parameter.grad)
             if parameter.grad is not None:
                 own.append(parameter.grad)
-                counted += [parameter.grad] if part.first or name not in part.repeated else []
+                counted += [parameter.grad] if self.mesh.stage == 0 or name not in repeated else []
                 hand_over(parameter, self.trained[name])
         return own, counted
 
@@ -132,50 +161,67 @@ class Pipeline:
         """
         self._set_mode(training=False)
         self._run([(inputs, []) for inputs in microbatches], lambda schedule, **given: schedule.eval(**given))
-        made, said = self.stage.predictions, self.stage.shortage
-        self.stage.predictions, self.stage.shortage = {}, None
+        made, said = self.spans[-1].predictions, next((stage.shortage for stage in self.spans if stage.shortage), None)
+        for stage in self.spans:
+            stage.predictions, stage.shortage = {}, None
         if self.mesh.any_partner(said is not None):
             self.memory.settle()  # it was left in the middle of a step
             raise torch.OutOfMemoryError(said or "another stage has no memory left")
         return self.mesh.from_last_stage(torch.cat([made[number] for number in sorted(made)]) if made else None)
 
     def _set_mode(self, training: bool) -> None:
-        if self.stage.training != training:  # which goes through thousands of modules
-            self.stage.train(training)
+        for stage in self.spans:
+            if stage.training != training:  # which goes through thousands of modules
+                stage.train(training)
 
     def _run(self, microbatches: Microbatches, run: Callable[..., Any]) -> Tensor:
         mesh, last = self.mesh, self.mesh.stage == self.mesh.stages - 1
-        borders = self.probe.borders(microbatches[0][0])
-        before = borders[mesh.stage - 1] if mesh.stage else NOTHING
-        after = NOTHING if last else borders[mesh.stage]
+        borders = [NOTHING, *self.probe.borders(microbatches[0][0]), NOTHING]
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
-        instead = (after.tensors or (torch.empty((), device="meta"),)) if not moved[0][1] and self.shards is None else None
-        self.stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused, instead)
-        self.stage.losses = {}
+        bare = not moved[0][1] and not self.shards  # without targets nothing is trained, and where memory runs out other stages are told
+        for number, stage in self._numbered():
+            before, after = borders[number], borders[number + 1]
+            instead = (after.tensors or (torch.empty((), device="meta"),)) if bare else None
+            stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused, instead)
+            stage.losses = {}
         self.memory.begin(len(microbatches))
-        with self.shards.step() if self.shards is not None else nullcontext():
+        with ExitStack() as around:
+            for shards in self.shards:
+                around.enter_context(shards.step())
             if self.lockstep is not None and len(microbatches) > 1:
                 losses = self._together(len(microbatches))
             else:
-                losses = self._by_schedule(len(microbatches), before, after, run)
+                losses = self._by_schedule(len(microbatches), borders, run)
         self.memory.end()
-        self.stage.inputs = StepInputs()
+        for stage in self.spans:
+            stage.inputs = StepInputs()
         self.shares = [loss.detach() for loss in losses] if last else []
         return torch.stack(self.shares).sum() if last else torch.zeros((), device=mesh.device)
 
-    def _by_schedule(self, count: int, before: Border, after: Border, run: Callable[..., Any]) -> list[Tensor]:
+    def _numbered(self) -> list[tuple[int, Stage]]:
+        """What this rank holds, with its numbers in the whole pipeline."""
+        return [(self.mesh.stage + i * self.mesh.stages, stage) for i, stage in enumerate(self.spans)]
+
+    def _by_schedule(self, count: int, borders: Sequence[Border], run: Callable[..., Any]) -> list[Tensor]:
         """Each microbatch through all units; the losses on the last stage."""
         last = self.mesh.stage == self.mesh.stages - 1
-        kind = Schedule1F1B if count >= self.mesh.stages else ScheduleGPipe
+        own = self._numbered()
 
-        def make() -> Schedule1F1B | ScheduleGPipe:
+        def make() -> Any:
+            stages: list[Any] = [self._torch_stage(stage, number, borders[number], borders[number + 1]) for number, stage in own]
             # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
-            return kind(self._torch_stage(before, after), count, loss_fn=lambda loss, number: loss, scale_grads=False)
+            given: dict[str, Any] = {"loss_fn": lambda loss, number: loss, "scale_grads": False}
+            if len(stages) > 1 or self.order == "zero-bubble":
+                split = ScheduleInterleavedZeroBubble if self.order == "zero-bubble" else ScheduleInterleaved1F1B
+                return (split if torch.is_grad_enabled() else ScheduleLoopedBFS)(stages, count, **given)
+            all_ahead = self.order == "gpipe" or count < self.mesh.stages
+            return (ScheduleGPipe if all_ahead else Schedule1F1B)(stages[0], count, **given)
 
         numbers = torch.arange(count)
         losses: list[Tensor] = []
-        with self.kept.of((count, before, after, torch.is_grad_enabled()), make) as schedule:
+        crossed = [border for number, _ in own for border in borders[number : number + 2]]
+        with self.kept.of((count, torch.is_grad_enabled(), *crossed), make) as schedule:
             run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
         return losses
 
@@ -183,22 +229,44 @@ class Pipeline:
         """Each unit for all microbatches, where one stage holds the whole model."""
         assert self.lockstep is not None
         # Around all of them: contexts that calls enter and leave by turns must find the same outside.
-        with self.stage.precision():
-            losses = self.lockstep.run([partial(self.stage, microbatch=torch.tensor([i])) for i in range(count)])
+        (stage,) = self.spans
+        with stage.precision():
+            losses = self.lockstep.run([partial(stage, microbatch=torch.tensor([i])) for i in range(count)])
         if torch.is_grad_enabled():
             torch.stack(losses).sum().backward()
         return losses
 
-    def _torch_stage(self, before: Border, after: Border) -> PipelineStage:
-        return PipelineStage(
-            self.stage,
-            self.mesh.stage,
-            self.mesh.stages,
+    def _torch_stage(self, stage: Stage, number: int, before: Border, after: Border) -> PipelineStage:
+        return _Timed(
+            self.clock,
+            stage,
+            number,
+            len(self.spans) * self.mesh.stages,
             self.mesh.device,
             input_args=before.tensors,
             output_args=after.tensors or torch.empty((), device="meta"),
             group=self.mesh.stage_group,
         )
+
+
+class _Timed(PipelineStage):
+    """Times what a schedule has this stage compute; none of it waits for others."""
+
+    def __init__(self, clock: Clock, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock = clock
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.running():
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.running():
+            return super().backward_one_chunk(*args, **kwargs)
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        with self.clock.running():
+            return super().backward_weight_one_chunk(*args, **kwargs)
 
 
 def _move(microbatch: tuple[dict[str, Any], Targets], device: torch.device) -> tuple[dict[str, Any], Targets]:

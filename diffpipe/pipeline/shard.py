@@ -28,7 +28,7 @@ class Shards:
     stage is one, and the stage none.
 
     Args:
-        part: on meta. Afterwards its weights are shards along their first dim; adapters stay whole on every rank.
+        part: on meta. Afterwards its weights are shards along their first dim; adapters, and what every part has, stay whole on every rank.
         mesh: the ranks that hold the part: an axis of shards, behind one of replicas where there are several.
         reshard: free a unit's weights behind each of its passes, and reduce gradients behind each microbatch's; else weights are
             gathered once a step, and gradients reduced once, behind the last microbatch.
@@ -36,7 +36,8 @@ class Shards:
 
     def __init__(self, part: Part, mesh: DeviceMesh, reshard: bool) -> None:
         self.reshard = reshard
-        whole = {p for name, p in part.model.named_parameters() if is_adapter(name) or p.ndim == 0}
+        # What every part has, several on this rank may hold together.
+        whole = {p for name, p in part.model.named_parameters() if is_adapter(name) or p.ndim == 0 or name in part.repeated}
         modules = [*(part.model.get_submodule(unit) for unit in part.units), part]
         self.groups = [cast(FSDPModule, _sharded(module, mesh, reshard, whole)) for module in modules]
         *units, self.rest = self.groups

@@ -1,9 +1,10 @@
-"""Decides which units each stage holds."""
+"""Decides which units each span holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
+import math
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 from torch import nn
 
@@ -13,25 +14,30 @@ from diffpipe.models.base import StageSpec
 from diffpipe.pipeline.cut import expand
 
 Span = tuple[int, int]  # first unit, and one past the last
+Cost = Callable[[int, int, int], float]  # of a span by its number, first unit and one past the last; infinite where it must not be
 
 
 def split(module: nn.Module, spec: StageSpec, config: MeshConfig) -> list[Span]:
-    """One span of units per stage: those of ``mesh.partition``, else the cut whose largest stage has the fewest bytes.
+    """The spans of ``mesh.split`` where it lists them; else, before a planner has, those whose largest has the fewest bytes.
 
     Raises:
-        ConfigError: when there are more stages than units, or a partition point is not a unit.
+        ConfigError: when there are more spans than units, or a span begins past the last unit.
     """
     units = expand(module, spec.units)
-    if config.stages > len(units):
-        raise ConfigError(f"{config.stages} stages for {len(units)} units", where="mesh.stages", expected=f"at most {len(units)}")
-    if config.partition is not None:
-        if config.partition and config.partition[-1] >= len(units):
-            raise ConfigError(
-                f"{config.partition} has a point past the last unit", where="mesh.partition", expected=f"points from 1 to {len(units) - 1}"
-            )
-        edges = [0, *config.partition, len(units)]
-        return list(pairwise(edges))
-    return balance(stage_bytes(module, spec), config.stages)
+    check_units(config, len(units))
+    if isinstance(config.split, list):
+        return list(pairwise([0, *config.split, len(units)]))
+    return balance_bytes(stage_bytes(module, spec), config.all_spans)
+
+
+def check_units(config: MeshConfig, units: int) -> None:
+    """Raise where a mesh cuts a model into more spans than it has units, or past the last of them."""
+    if config.all_spans > units:
+        spans = f" of {config.all_spans // config.stages} spans" if config.all_spans > config.stages else ""
+        found = f"{config.stages} stages{spans} for {units} units"
+        raise ConfigError(found, where="mesh.stages", expected=f"at most {units} spans in all", fix="lower it, or mesh.spans")
+    if isinstance(config.split, list) and config.split and config.split[-1] >= units:
+        raise ConfigError(f"{config.split} has a point past the last unit", where="mesh.split", expected=f"points from 1 to {units - 1}")
 
 
 def stage_bytes(module: nn.Module, spec: StageSpec) -> list[int]:
@@ -53,21 +59,27 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-def balance(sizes: Sequence[int], stages: int) -> list[Span]:
-    """Contiguous, non-empty spans whose largest sum is least; earlier stages are the smaller ones among equals."""
-    count = len(sizes)
-    total = [0]
-    for size in sizes:
-        total.append(total[-1] + size)
-    # best[s][n]: the least possible largest sum when the first n units form s stages, and where the last begins.
-    best: list[list[tuple[int, int]]] = [[(0, 0)] * (count + 1) for _ in range(stages + 1)]
-    for n in range(1, count + 1):
-        best[1][n] = (total[n], 0)
-    for s in range(2, stages + 1):
-        for n in range(s, count + 1):
-            best[s][n] = min((max(best[s - 1][b][0], total[n] - total[b]), b) for b in range(s - 1, n))
-    edges = [count]
-    for s in range(stages, 0, -1):
+def balance_bytes(sizes: Sequence[float], spans: int) -> list[Span]:
+    """Spans whose largest sum of sizes is least."""
+    total = [0, *accumulate(sizes)]
+    found = balance(len(sizes), spans, lambda number, start, stop: total[stop] - total[start])
+    assert found is not None
+    return found
+
+
+def balance(units: int, spans: int, cost: Cost) -> list[Span] | None:
+    """Contiguous, non-empty spans whose largest cost is least; earlier ones are the smaller among equals. None where none may be."""
+    # best[s][n]: the least possible largest cost when the first n units form s spans, and where the last begins.
+    best: list[list[tuple[float, int]]] = [[(math.inf, 0)] * (units + 1) for _ in range(spans + 1)]
+    for n in range(1, units + 1):
+        best[1][n] = (cost(0, 0, n), 0)
+    for s in range(2, spans + 1):
+        for n in range(s, units + 1):
+            best[s][n] = min((max(best[s - 1][b][0], cost(s - 1, b, n)), b) for b in range(s - 1, n))
+    if math.isinf(best[spans][units][0]):
+        return None
+    edges = [units]
+    for s in range(spans, 0, -1):
         edges.append(best[s][edges[-1]][1])
     edges.reverse()
     return list(pairwise(edges))

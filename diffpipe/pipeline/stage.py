@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from diffpipe.config.schema import ObjectiveConfig
 from diffpipe.models.base import Targets
-from diffpipe.pipeline.clock import Clock
 from diffpipe.pipeline.cut import Layout, Part
 
 
@@ -41,13 +40,14 @@ class _Wire(torch.autograd.Function):
     """Identity at a border: contiguous both ways, since gloo refuses to send anything else."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None] | None) -> Tensor:
         ctx.on_backward = on_backward
         return x.contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.on_backward()
+        if ctx.on_backward is not None:
+            ctx.on_backward()
         return grad.contiguous(), None
 
 
@@ -56,7 +56,6 @@ class Stage(nn.Module):
 
     Attributes:
         inputs: what the current step is about; set before the schedule runs.
-        clock: time spent in this stage's forward and backward passes.
         on_last_backward: called as the backward pass of the step's last microbatch begins; they come in the order of microbatches.
         losses: of each sample, by microbatch of the step; on the last stage.
         predictions: what the model gave for microbatches without targets, by number; on the last stage.
@@ -69,7 +68,6 @@ class Stage(nn.Module):
         super().__init__()
         self.part, self.precision, self.device, self.objective = part, precision, device, objective
         self.inputs = StepInputs()
-        self.clock = Clock(device)
         self.on_last_backward: Callable[[], None] = lambda: None
         self.losses: dict[int, Tensor] = {}
         self.predictions: dict[int, Tensor] = {}
@@ -77,12 +75,11 @@ class Stage(nn.Module):
 
     def forward(self, *payload: Tensor, microbatch: Tensor) -> Tensor | tuple[Tensor, ...]:
         """What crosses to the next stage; on the last the microbatch's share of the step's loss, whose shape is always known."""
-        self.clock.start()
         number = int(microbatch)
         inputs, targets = self.inputs.microbatches[number]
         unused = self.inputs.unused[number]
         backward_begins = partial(self._backward_begins, number)
-        arrived = tuple(_Wire.apply(t, self.clock.stop) if t.requires_grad else t for t in payload)
+        arrived = tuple(_Wire.apply(t, None) if t.requires_grad else t for t in payload)
         arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
         try:
             with self.precision():
@@ -91,19 +88,15 @@ class Stage(nn.Module):
             if self.inputs.instead is None:
                 raise
             self.shortage = str(fault)
-            self.clock.stop()
             zeros = tuple(torch.zeros(t.shape, dtype=t.dtype, device=self.device) for t in self.inputs.instead)
             return zeros[0] if self.part.last else zeros
         if self.part.last and not targets:
             self.predictions[number] = sent[0].float()
-            self.clock.stop()
             return sent[0].new_zeros(())
         if self.part.last:
             return self._share(sent, targets, number, backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
-        out = tuple(_Wire.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
-        self.clock.stop()
-        return out
+        return tuple(_Wire.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
 
     def _share(self, outputs: tuple[Tensor, ...], targets: Targets, microbatch: int, backward_begins: Callable[[], None]) -> Tensor:
         by_sample = outputs[0].new_zeros(len(outputs[0]), dtype=torch.float32)
@@ -111,11 +104,9 @@ class Stage(nn.Module):
         self.losses[microbatch] = by_sample
         if total.requires_grad:
             total.register_hook(lambda gradient: backward_begins())
-        self.clock.stop()
         return total
 
     def _backward_begins(self, number: int) -> None:
-        self.clock.start()
         if number == len(self.inputs.microbatches) - 1:
             self.on_last_backward()
 

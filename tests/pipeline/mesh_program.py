@@ -41,7 +41,7 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
     )
     model = make_model(config.model, config.objective)
     pipeline = build(config, model, mesh)
-    part = pipeline.stage.part.model
+    part = pipeline.module
     for name, p in part.named_parameters():
         if p.requires_grad and adapter is not None:
             p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
@@ -95,7 +95,7 @@ class Log:
     """
 
     def __init__(self, pipeline: Pipeline, bucket: int) -> None:
-        self.mesh, self.part = pipeline.mesh, pipeline.stage.part
+        self.mesh, self.part = pipeline.mesh, pipeline.spans[0].part
         self.trained = [p for p in self.part.model.parameters() if p.requires_grad]
         averaged = self.trained if self.mesh.replicas > 1 else []
         self.averaging = pipeline.averaging = Averaging(averaged, self.mesh.replica_group, bucket)
@@ -139,7 +139,7 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
         )
         model = make_model(config.model, config.objective)
         pipeline = build(config, model, mesh)
-        part = pipeline.stage.part.model
+        part = pipeline.module
         optimizer = make_optimizer(config.optimizer, part.named_parameters())
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         losses, norms, schedules = [], [], []

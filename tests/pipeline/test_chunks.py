@@ -27,7 +27,7 @@ def test_parts_give_the_whole_in_every_family(toys: Toys, family: str) -> None:
     parted = config_of(family, toys(family), {"rank": 4}, {"recompute": "selective", **CHUNKED})
     model = make_model(parted.model, parted.objective)
     with open_mesh(parted.mesh) as mesh:
-        module = build(parted, model, mesh).stage.part.model
+        module = build(parted, model, mesh).module
     layers = [m for m in module.modules() if hasattr(m, "chunks")]
     assert layers and len({type(m) for m in layers}) == len({type(m).__mro__[1] for m in layers})
     for (loss, gradients, evaluated), (want, wanted, held) in zip(steps_of(parted, rounds=1), steps_of(plain, rounds=1), strict=True):

@@ -131,7 +131,7 @@ def test_a_probe_knows_the_types_that_mixed_precision_makes(model: DiffusionMode
     inputs, _ = microbatch(model, frames=frames_of(model))
     probe = Probe(twins, fakes, precision, model.spec.lengths)
     part = Part(whole, model.spec, *spans[0], Fakes(CPU))
-    read_weights(part, model, config, CPU, lambda done, total: None)
+    read_weights([part], model, config, CPU, lambda done, total: None)
     weights = dict(part.model.named_parameters())
     assert {n: p.dtype for n, p in weights.items()} == {
         n: torch.float32 if p.requires_grad else model.dtype_of(base_name(n)) for n, p in weights.items()

@@ -55,7 +55,7 @@ def steps_of(config: Config, count: int = 2, rounds: int = 3) -> list[tuple[floa
     model = make_model(config.model, config.objective)
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        part = pipeline.stage.part.model
+        part = pipeline.module
         with torch.no_grad():
             for name, p in part.named_parameters():
                 if p.requires_grad and config.adapter is not None:
@@ -150,7 +150,7 @@ def test_a_run_goes_on_by_other_settings_with_the_same_numbers(toys: Toys, plain
     results = []
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        part = pipeline.stage.part.model
+        part = pipeline.module
         with torch.no_grad():
             for name, p in part.named_parameters():
                 if p.requires_grad:

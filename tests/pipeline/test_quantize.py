@@ -154,7 +154,7 @@ def test_a_compiled_block_that_is_not_recomputed_keeps_codes_and_no_weight(kind:
 def frozen_layers(config: Config) -> dict[str, FrozenLinear]:
     """The layers in few bits of a built pipeline, by diffusers name."""
     with open_mesh(config.mesh) as mesh:
-        part = build(config, make_model(config.model, config.objective), mesh).stage.part.model
+        part = build(config, make_model(config.model, config.objective), mesh).module
         return {n.removesuffix(".base_layer"): m for n, m in part.named_modules() if isinstance(m, FrozenLinear)}
 
 

@@ -66,7 +66,7 @@ def test_a_step_holds_what_was_foreseen(toys: Toys, family: str, recompute: str)
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
         pipeline.train(batch_of(model, bucket))
-        pipeline.stage.part.model.zero_grad()
+        pipeline.module.zero_grad()
         held = allocated(pipeline, batch_of(model, bucket))
     assert moment.whole - moment.inputs == pytest.approx(held, rel=0.05)
 
@@ -94,7 +94,7 @@ def test_what_stays_is_counted_to_the_byte(toys: Toys, family: str, memory: dict
     foreseen = Rehearsal(config, model, 0, CARD).estimate(bucket, config.memory)
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        part, stream = pipeline.stage.part, pipeline.memory.stream
+        part, stream = pipeline.spans[0].part, pipeline.memory.stream
         at_home = {id(s.owner._parameters[s.leaf]) for home in stream.homes.values() for s in home.slices} if stream else set()
         trained = [p for p in part.parameters() if p.requires_grad]
         optimizer = make_optimizer(config.optimizer, part.model.named_parameters())
@@ -121,7 +121,7 @@ def test_state_that_waits_on_the_host_is_counted_there(toys: Toys, memory: dict[
     foreseen = Rehearsal(config, model, 0, CARD).estimate(bucket_of(model, 4), config.memory)
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        optimizer = make_optimizer(config.optimizer, pipeline.stage.part.model.named_parameters())
+        optimizer = make_optimizer(config.optimizer, pipeline.module.named_parameters())
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         pipeline.train(batch_of(model, bucket_of(model, 4)))
         release.step_rest()

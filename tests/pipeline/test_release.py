@@ -49,7 +49,7 @@ def trained(
     losses, squares = [], []
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        part = pipeline.stage.part.model
+        part = pipeline.module
         stepper = make_optimizer(config.optimizer, part.named_parameters())
         release = pipeline.memory.release_with(stepper, mesh.mean_over_replicas)
         if before is not None:
@@ -148,7 +148,7 @@ def test_no_gradient_outlives_its_block(toys: Toys) -> None:
     model = make_model(config.model, config.objective)
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        part = pipeline.stage.part.model
+        part = pipeline.module
         pipeline.memory.release_with(make_optimizer(config.optimizer, part.named_parameters()), mesh.mean_over_replicas)
         pipeline.train([microbatch(model, seed=0, count=1, frames=frames_of(model))])
         held = [n for n, p in part.named_parameters() if p.grad is not None]

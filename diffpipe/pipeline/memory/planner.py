@@ -83,7 +83,7 @@ def does_not_fit(where: str, estimate: Estimate, limit: int, what: str, config: 
     """
     return DiffpipeError(
         f"{where} needs {estimate.told()}",
-        where="memory.budget" if config.memory.budget is not None else "memory",
+        where=what if what in ("memory.budget", "mesh.memory") else "memory",
         expected=f"at most {amount(limit)}, {what}",
         fix="; or ".join(remedies(config)),
     )
