@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from math import inf
 
 import psutil
 import torch
@@ -14,7 +16,7 @@ from diffpipe.metrics import amount
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.cards import Card, find_card
 from diffpipe.pipeline.memory.estimate import Estimate
-from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least, lower
+from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least, lower, too_much_for_the_host
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.rehearsal import Rehearsal, largest
 
@@ -28,14 +30,15 @@ class Forecast:
 
     Args:
         free: bytes that are free on the device; None where nothing limits the stage but ``memory.budget``.
+        host: bytes of host memory that are free for this process; None where nothing limits them but ``memory.host_budget``.
 
     Attributes:
         config: the run's, with its memory section settled by ``settle``.
         reasons: by key of that section, why it is as it is, where it was chosen.
     """
 
-    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card, free: int | None) -> None:
-        self.config, self.stage, self.free = config, stage, free
+    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card, free: int | None, host: int | None = None) -> None:
+        self.config, self.stage, self.free, self.host = config, stage, free, host
         self.rehearsal = Rehearsal(config, model, stage, card)
         self.reasons: dict[str, str] = {}
 
@@ -53,6 +56,13 @@ class Forecast:
             return int(self.free * (1 - MARGIN)), f"what is free on the device less {MARGIN:.0%}"
         return self.free, "what is free on the device"
 
+    @property
+    def host_limit(self) -> tuple[int, str] | None:
+        """Bytes that may be held in host memory, and whose limit that is."""
+        if self.config.memory.host_budget is not None:
+            return self.config.memory.host_budget, "memory.host_budget"
+        return None if self.host is None else (self.host, "what is free for this process")
+
     def settle(self, buckets: Iterable[Bucket]) -> None:
         """Choose what the memory section leaves open, for the bucket that takes most.
 
@@ -62,18 +72,23 @@ class Forecast:
         if self.limit is None:
             return
         limit, whose = self.limit
+        host = self.host_limit
         dearest = largest([dims(b) for b in buckets])
         where, judge = f"bucket {Bucket(*dearest)} on stage {self.stage}", self._judge(dearest)
         if not is_open(self.config.memory):
             estimate = judge(self.config.memory)
             if estimate.peak * (1 - ERROR) > limit:
                 raise does_not_fit(where, estimate, limit, whose, self.config)
+            if host is not None and estimate.host * (1 - ERROR) > host[0]:
+                raise too_much_for_the_host(where, estimate, *host)
             return
         units, asked = len(self.rehearsal.units), self.config.memory
         if (self.config.adapter is None and self.config.optimizer.clip is not None) or self.config.mesh.shard > 1:
             # What trains is stepped where it streams, before the norm is known; and what is sharded does not stream.
             asked = asked.model_copy(update={"swap": 0})
-        choice = choose(asked, units, limit, judge)
+        choice = choose(asked, units, limit, judge, host[0] if host is not None else inf)
+        if choice is None and host is not None and (wider := choose(asked, units, limit, judge)) is not None:
+            raise too_much_for_the_host(where, wider.estimate, *host)
         if choice is None:
             tried = self.config.model_copy(update={"memory": exhausted(asked)})
             raise does_not_fit(where, least(asked, units, judge), limit, whose, tried)
@@ -82,7 +97,8 @@ class Forecast:
 
     def lower(self, bucket: Bucket) -> MemoryConfig | None:
         """Settle for less than what proved too much in steps of a bucket; None where nothing is left to lower."""
-        settings = lower(self.config.memory, len(self.rehearsal.units), self._judge(dims(bucket)))
+        host = self.host_limit
+        settings = lower(self.config.memory, len(self.rehearsal.units), self._judge(dims(bucket)), host[0] if host is not None else inf)
         if settings is not None:
             self.config = self.config.model_copy(update={"memory": settings})
         return settings
@@ -105,8 +121,12 @@ def open_forecast(config: Config, model: DiffusionModel, mesh: Mesh) -> Forecast
     device = mesh.device
     if device.type != "cuda" and not is_open(config.memory) and config.mesh.memory is None:
         return None
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return Forecast(config, model, mesh.stage, find_card(None, device), int(free))
+    available = int(psutil.virtual_memory().available)
+    if device.type != "cuda":
+        return Forecast(config, model, mesh.stage, find_card(None, device), available)  # of which the device's memory is a part
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = int(torch.cuda.mem_get_info(device)[0])
+    return Forecast(config, model, mesh.stage, find_card(None, device), free, available // processes)
 
 
 class Comparison:

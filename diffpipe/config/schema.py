@@ -513,6 +513,11 @@ class MemoryConfig(Section):
         description="Most that each stage may hold on its device, such as 12GiB: of recompute, recompute_every, swap and offload those that"
         " are not set are chosen to fit it at the least time. null leaves them as they are.",
     )
+    host_budget: Bytes | None = Field(
+        default=None,
+        description="Most that each stage may hold in host memory: streamed weights, state and activations that wait there. null is what"
+        " is free at the start, shared out among a machine's processes (`diffpipe plan` then knows no limit).",
+    )
     on_oom: Literal["stop", "adapt"] = Field(
         default="stop",
         description="What a step that runs out of device memory does: `stop` ends the run and says what would make it fit; `adapt`"

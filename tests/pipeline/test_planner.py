@@ -75,6 +75,22 @@ def test_a_step_that_does_not_fit_comes_down_to_the_least_there_is(planning: Pla
     assert peaks[-1] == least(planning.config.memory, UNITS, planning.judge).peak
 
 
+def test_what_is_chosen_fits_into_host_memory_too(planning: Planning) -> None:
+    tight, most = least(planning.config.memory, UNITS, planning.judge).peak, planning.judge(MemoryConfig(recompute="none")).peak
+    memory, budget = MemoryConfig(offload_threshold=0.001), (2 * tight + most) // 3
+    free = choose(memory, UNITS, budget, planning.judge)
+    assert free is not None and free.estimate.host > 0
+    less = choose(memory, UNITS, budget, planning.judge, host=free.estimate.host - 1)
+    assert less is not None and less.estimate.host < free.estimate.host and less.estimate.seconds >= free.estimate.seconds
+    model = make_model(planning.config.model, planning.config.objective)
+    bucket = Bucket(*planning.bucket)
+    for keys in ({"budget": tight}, {"swap": "all", "offload": True}):
+        given = MemoryConfig(offload_threshold=0.001, host_budget=1000, **keys)  # pyright: ignore[reportArgumentType]
+        forecast = Forecast(planning.config.model_copy(update={"memory": given}), model, 0, CARDS[-1], 1 << 40)
+        with pytest.raises(DiffpipeError, match=r"memory.host_budget: .* needs .* of host memory"):
+            forecast.settle([bucket])
+
+
 def test_what_is_set_stays(planning: Planning) -> None:
     generous = 1 << 40
     for keys in ({"recompute": "block"}, {"recompute": "selective", "recompute_every": 2}, {"swap": 3}, {"offload": True}):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import inf
 
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.errors import DiffpipeError
@@ -37,7 +38,7 @@ def is_open(memory: MemoryConfig) -> bool:
     return memory.budget is not None or memory.swap == "auto"
 
 
-def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choice | None:
+def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge, host: float = inf) -> Choice | None:
     """The fastest settings that fit, of equally fast ones the plainest; None where none fits.
 
     Keys that are set stay as they are.
@@ -45,21 +46,22 @@ def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge) -> Choic
     Args:
         units: of the stage.
         judge: estimates the dearest bucket under a section.
+        host: bytes of host memory that may be held.
     """
     found = [(judge(each), i, each) for i, each in enumerate(_settings(memory, units))]
-    fitting = [f for f in found if f[0].peak <= budget]
+    fitting = [f for f in found if f[0].peak <= budget and f[0].host <= host]
     if not fitting:
         return None
     estimate, _, best = min(fitting, key=lambda f: (f[0].seconds, f[1]))
     return Choice(best, estimate, _reasons(memory, best, budget, judge))
 
 
-def lower(memory: MemoryConfig, units: int, judge: Judge) -> MemoryConfig | None:
+def lower(memory: MemoryConfig, units: int, judge: Judge, host: float = inf) -> MemoryConfig | None:
     """The fastest settings that hold clearly less than these, whatever of them was set, or less at all; None where there are none."""
     free = {"recompute", "recompute_every", "swap", "offload"}
     asked = MemoryConfig.model_validate({k: getattr(memory, k) for k in memory.model_fields_set - free})
     held = judge(memory).peak
-    choice = choose(asked, units, int(held * LOWER), judge) or choose(asked, units, held - 1, judge)
+    choice = choose(asked, units, int(held * LOWER), judge, host) or choose(asked, units, held - 1, judge, host)
     return None if choice is None else choice.memory
 
 
@@ -86,6 +88,22 @@ def does_not_fit(where: str, estimate: Estimate, limit: int, what: str, config: 
         where=what if what in ("memory.budget", "mesh.memory") else "memory",
         expected=f"at most {amount(limit)}, {what}",
         fix="; or ".join(remedies(config)),
+    )
+
+
+def too_much_for_the_host(where: str, estimate: Estimate, limit: int, what: str) -> DiffpipeError:
+    """The fault of a bucket that host memory does not do for.
+
+    Args:
+        where: the bucket and the stage.
+        what: whose limit it is.
+    """
+    return DiffpipeError(
+        f"{where} needs {amount(estimate.host)} of host memory ({amount(estimate.homes)} for weights and state,"
+        f" {amount(estimate.buffers)} for activations)",
+        where="memory.host_budget",
+        expected=f"at most {amount(limit)}, {what}",
+        fix="lower memory.swap; or memory.offload: false; or more mesh.stages; or a smaller bucket",
     )
 
 
