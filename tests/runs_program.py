@@ -14,8 +14,9 @@ from typing import Any
 from diffpipe.config.schema import Config
 from diffpipe.models import MODELS, model_class
 from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.startup import Startup
 from diffpipe.toy import materialize
-from diffpipe.train import train_on
+from diffpipe.train import print_fault, train_on
 
 ADAPTERS: dict[str, dict[str, Any] | None] = {"full": None, "lora": {"rank": 4, "alpha": 2.0}}
 
@@ -61,7 +62,7 @@ def main() -> None:
     configs = [prepared(family, kind, folder, 2) for family, kind in runs]
     with open_mesh(configs[0].mesh) as mesh:
         for config in configs:
-            train_on(mesh, config, resume=None, make_sinks=list)
+            train_on(mesh, config, Startup(), resume=None, make_sinks=list, tell=print_fault)
 
 
 if __name__ == "__main__":
