@@ -1,11 +1,11 @@
 """1F1B over two processes of one thread each: how near it comes to the ideal speed, and how DeepSpeed's PipelineEngine does.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.schedule [--rounds 6] [--microbatches 2 4 8] [--kinds lora full]
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.schedule [--rounds 5] [--microbatches 2 4 8] [--kinds lora full]
 
 Eight blocks of Wan of more than 20 ms, four a stage. In each round by turns: one process takes the whole step while the other waits,
-the two stages take it, and DeepSpeed takes it with stages of the same parts and the same optimizer. Of m microbatches on p stages the
-ideal step lasts (m + p - 1) / (m p) of that of one process. Ratios are medians over the rounds. Leave the two cores to it; it takes
-four minutes there.
+both take it whole at once, the two stages take it, and DeepSpeed takes it with stages of the same parts and the same optimizer. Of m
+microbatches on p stages the ideal step lasts (m + p - 1) / (m p) of that of one process: alone, or beside another, since cores share
+caches, memory and power. Ratios are medians over the rounds. Leave the two cores to it; it takes five minutes there.
 
 DeepSpeed takes part where it is installed, which diffpipe does not need:
 
@@ -41,7 +41,7 @@ LAYERS, STAGES = 8, 2
 SIZES = {"num_layers": LAYERS, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "text_dim": 64}
 HEIGHT, WIDTH = 192, 256  # 192 tokens
 Batch = list[tuple[dict[str, Any], Targets]]
-NAMES = ("alone", "1F1B", "DeepSpeed")
+NAMES = ("alone", "beside", "1F1B", "DeepSpeed")
 Step = Callable[[Batch], float]
 
 
@@ -143,11 +143,13 @@ def compare(kind: str, counts: Sequence[int], rounds: int, mesh: Mesh, one: Mesh
     for count in counts:
         batch = microbatches(model, HEIGHT, WIDTH, 1, count)
         # With weights of their own, so that all begin with the same.
-        steps: dict[str, Step | None] = {"alone": None if mesh.rank else ours(config_of(kind, 1), model, one)}
+        whole = ours(config_of(kind, 1), model, one)
+        steps: dict[str, Step | None] = {"alone": None if mesh.rank else whole, "beside": whole}
         steps["1F1B"] = ours(config, model, mesh)
         if find_spec("deepspeed"):
             steps["DeepSpeed"] = deepspeeds(config, model, mesh, count)
         firsts = [timed(step, batch, mesh)[1] for step in steps.values()]  # which warms up, too
+        del firsts[1]  # the second step of the weights that went alone
         if not mesh.rank and any(abs(loss - firsts[0]) > 1e-4 * firsts[0] for loss in firsts[1:]):
             raise SystemExit(f"losses of the first step differ: {firsts}")
         times = {name: [0.0] * rounds for name in steps}
@@ -160,10 +162,10 @@ def compare(kind: str, counts: Sequence[int], rounds: int, mesh: Mesh, one: Mesh
 
 def row(kind: str, count: int, times: dict[str, list[float]]) -> str:
     ideal = (count + STAGES - 1) / (count * STAGES)
-    reached = [alone * ideal / took for alone, took in zip(times["alone"], times["1F1B"], strict=True)]
+    reached = {name: [one * ideal / took for one, took in zip(times[name], times["1F1B"], strict=True)] for name in ("alone", "beside")}
     against = [other / took for other, took in zip(times.get("DeepSpeed", []), times["1F1B"], strict=False)]
     told = [kind, count, *(f"{statistics.median(times[name]):.3f}" if name in times else "" for name in NAMES)]
-    told += [spread(reached), spread(against) if against else ""]
+    told += [spread(reached["alone"]), spread(reached["beside"]), spread(against) if against else ""]
     return f"| {' | '.join(map(str, told))} |"
 
 
@@ -185,7 +187,7 @@ def forward_time(model: DiffusionModel, one: Mesh) -> float:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=6)
+    options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8])
     options.add_argument("--kinds", nargs="+", choices=["lora", "full"], default=["lora", "full"])
     given = options.parse_args()
@@ -196,8 +198,8 @@ def main() -> None:
         if not mesh.rank:
             block = forward_time(make_random(config_of("lora", 1), SIZES), one)
             print(f"torch {torch.__version__}; a block's forward pass takes {block * 1000:.0f} ms", flush=True)
-            print("| trains | microbatches | alone, s | 1F1B, s | DeepSpeed, s | of the ideal (range) | DeepSpeed to 1F1B (range) |")
-            print("|" + " --- |" * 7, flush=True)
+            columns = ["trains", "microbatches", *(f"{name}, s" for name in NAMES), "of the ideal alone", "beside", "DeepSpeed to 1F1B"]
+            print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         for kind in given.kinds:
             compare(kind, given.microbatches, given.rounds, mesh, one)
 
