@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from diffpipe.checkpoint import write_durably
 from diffpipe.config.load import validate
 from diffpipe.config.schema import bytes_of
+from diffpipe.durable import write_durably
 from diffpipe.metrics import GIB
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.plan import buckets_of, make_plan

@@ -14,7 +14,7 @@ def convert_command(source: Path, output: Path | None, gpus: int | None) -> None
     from diffpipe.cli.quiet import quiet_libraries
 
     quiet_libraries()
-    from diffpipe.checkpoint import write_durably
+    from diffpipe.durable import write_durably
     from diffpipe.errors import ConfigError
     from diffpipe.migration import convert
     from diffpipe.migration.settings import Scale

@@ -19,7 +19,7 @@ def init_command(output: Path, given: Mapping[str, Any], usual: bool) -> None:
     quiet_libraries()
     if output.exists():
         raise ConfigError("is there already", where=str(output), fix="name another file, or delete it")
-    from diffpipe.checkpoint import write_durably
+    from diffpipe.durable import write_durably
     from diffpipe.starter import launcher, start
 
     answers = ask(Questions(given, usual))

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from diffpipe.config.schema import CheckpointConfig
+from diffpipe.durable import UNFINISHED, write_durably
 from diffpipe.errors import CheckpointError, DiffpipeError, told_of_disk
 from diffpipe.export.files import write_safetensors
 from diffpipe.models.weights import open_files, realise
@@ -35,7 +36,6 @@ from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.shard import joined, local, piece_name, shard_of
 
 STATE = "state.json"  # written last: a folder without it is no checkpoint
-UNFINISHED = ".unfinished-"
 DAMAGED = "damaged-"
 ROOM = "free some space or set output_dir to another disk, then train with --resume; older checkpoints are intact"
 
@@ -287,16 +287,6 @@ def set_aside(path: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(path, aside)
     return aside
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash it holds either its old content or all of the new."""
-    aside = path.with_name(f"{UNFINISHED}{path.name}")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _held_out(path: Path) -> HeldOut | None:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from diffpipe.config.schema import Config
-from diffpipe.data.cache import UNFINISHED, ShardWriter, key_of, writing_to
+from diffpipe.data.cache import ShardWriter, key_of, writing_to
 from diffpipe.data.dataset import Sample
 from diffpipe.data.media import read, read_mask
 from diffpipe.data.workers import told_of_death, worker_context
+from diffpipe.durable import UNFINISHED
 from diffpipe.errors import DiffpipeError, MediaError
 from diffpipe.metrics import Progress
 from diffpipe.models.base import DiffusionModel, Geometry

@@ -10,7 +10,8 @@ import torch
 
 from diffpipe.config.schema import Config
 from diffpipe.data.buckets import Bucket
-from diffpipe.data.cache import write_durably, writing_to
+from diffpipe.data.cache import writing_to
+from diffpipe.durable import write_durably
 from diffpipe.encoder import cache_folder
 from diffpipe.forecast import Forecast, dims, open_forecast
 from diffpipe.models.base import DiffusionModel

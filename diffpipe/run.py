@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import yaml
 
-from diffpipe.checkpoint import best_checkpoint, damage, list_checkpoints, read_state, set_aside, write_durably
+from diffpipe.checkpoint import best_checkpoint, damage, list_checkpoints, read_state, set_aside
 from diffpipe.config.load import differences
 from diffpipe.config.schema import Config
+from diffpipe.durable import write_durably
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.versions import versions

@@ -20,9 +20,9 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffpipe.durable import UNFINISHED, write_durably
 from diffpipe.errors import DiffpipeError, told_of_disk
 
-UNFINISHED = ".unfinished-"
 FORMAT = "diffpipe-cache-2"
 INDEX = "index.bin"
 DAY = 24 * 3600.0
@@ -338,20 +338,6 @@ def _sizes(folder: Path) -> dict[str, int]:
         return {e.name: e.stat().st_size for e in os.scandir(folder) if e.name.endswith(".safetensors") and not e.name.startswith(".")}
     except (FileNotFoundError, NotADirectoryError):
         return {}  # who writes there finds out
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for less than all of it; nothing is left behind when it fails."""
-    aside = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex}")  # others may be writing the same file
-    try:
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def writing_to(folder: Path) -> AbstractContextManager[None]:

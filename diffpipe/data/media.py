@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from diffpipe.data import images, videos
-from diffpipe.data.cache import write_durably
 from diffpipe.data.files import File
+from diffpipe.durable import write_durably
 from diffpipe.errors import MediaError, told_of_disk
 
 if TYPE_CHECKING:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from diffpipe.config.schema import FolderBase, MediaConfig
 from diffpipe.data import captions
-from diffpipe.data.cache import write_durably, writing_to
+from diffpipe.data.cache import writing_to
 from diffpipe.data.captions import Captions, Span
 from diffpipe.data.files import TAR, File, folders_in, members, walk
 from diffpipe.data.media import MediaInfo, kind_of, probe
+from diffpipe.durable import write_durably
 from diffpipe.errors import ConfigError, DiffpipeError, MediaError
 
 NOT_MEDIA = "not media"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +10,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from diffpipe.durable import written
 from diffpipe.errors import DiffpipeError
 from diffpipe.models.weights import DTYPES, lazily, realise
 
@@ -66,18 +65,12 @@ def cast(tensors: Mapping[str, Tensor], kind_of: Callable[[str], torch.dtype]) -
 
 
 def _write(path: Path, fill: Callable[[BinaryIO], object]) -> Path:
-    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with written(path) as file:
             fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
     except OSError as fault:
         raise DiffpipeError(
             f"cannot be written: {fault}", where=str(path), fix="free some space, or set output_dir to another disk"
         ) from fault
-    finally:
-        aside.unlink(missing_ok=True)  # there only when something failed
     return path
