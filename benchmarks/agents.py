@@ -23,23 +23,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.synthetic import ROOT
+from benchmarks.synthetic import BRIEF, ROOT
 from diffpipe.checkpoint import list_checkpoints, read_weights
 
 STEPS = 8
-SETTINGS = {
-    "run.steps": STEPS,
-    "mesh.stages": 2,
-    "mesh.timeout": 60,
-    "batch.micro": 1,
-    "batch.accumulate": 2,
-    "adapter.rank": 4,
-    "adapter.dropout": 0.1,  # so that random states count
-    "data.resolutions": "[64]",
-    "data.workers": 0,
-    "eval.sets": "[]",
-    "checkpoint.every_steps": 2,
-}
+SETTINGS = {**BRIEF, "run.steps": STEPS, "mesh.stages": 2}
 
 
 class Agent:

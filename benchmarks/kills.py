@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 
 import diffpipe.train  # noqa: E402 - imported before the first fork
+from benchmarks.synthetic import BRIEF  # noqa: E402
 from diffpipe.checkpoint import list_checkpoints, read_weights  # noqa: E402
 
 if not hasattr(diffpipe, "cli"):
@@ -40,18 +41,10 @@ MOMENTS = ("training", "checkpointing", "exporting")
 
 def arguments(output: Path, ranks: int, resume: Path | None) -> list[str]:
     settings = {
+        **BRIEF,
         "output_dir": output,
         "run.steps": STEPS,
         "mesh.stages": ranks,
-        "mesh.timeout": 60,
-        "batch.micro": 1,
-        "batch.accumulate": 2,
-        "adapter.rank": 4,
-        "adapter.dropout": 0.1,  # so that random states count
-        "data.resolutions": "[64]",
-        "data.workers": 0,
-        "eval.sets": "[]",
-        "checkpoint.every_steps": 2,
         "export.every_steps": 3,
         "export.formats": "[diffusers, comfyui]",
     }

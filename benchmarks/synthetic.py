@@ -35,6 +35,19 @@ USUAL: dict[str, tuple[int, int, int]] = {
     "wan-i2v": (480, 832, 49),
 }
 
+# The quickstart as a short run that is broken off and goes on, keys as --set takes them.
+BRIEF: dict[str, Any] = {
+    "mesh.timeout": 60,
+    "batch.micro": 1,
+    "batch.accumulate": 2,
+    "adapter.rank": 4,
+    "adapter.dropout": 0.1,  # so that random states count
+    "data.resolutions": "[64]",
+    "data.workers": 0,
+    "eval.sets": "[]",
+    "checkpoint.every_steps": 2,
+}
+
 
 def make_random(config: Config, changes: Mapping[str, Any] | None = None, kept: tuple[str, ...] = ()) -> DiffusionModel:
     """The family's released model with random weights, made on the GPU where there is one as they are asked for.
