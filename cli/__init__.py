@@ -140,8 +140,8 @@ def sample(
     height: Annotated[int | None, typer.Option(metavar="N", help="Pixels down.", show_default="as preview")] = None,
     frames: Annotated[int | None, typer.Option(metavar="N", help="Frames of a clip.", show_default="as preview")] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="Picture that each prompt begins from.", show_default="none")] = None,
-    step: Annotated[
-        int | None, typer.Option("--checkpoint", metavar="STEP", help="Step of the checkpoint.", show_default="the newest")
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="STEP|best", help="Step of the checkpoint, or best.", show_default="the newest")
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Folder to write to.", show_default="RUN/samples/step-N")
@@ -153,7 +153,7 @@ def sample(
 
     own = {"negative": negative, "image": None if image is None else str(image)}
     preview = {"seed": seed, "steps": steps, "guidance": guidance, "width": width, "height": height, "frames": frames}
-    run_command(lambda: sample_command(run, prompt, own, preview, step, output, overrides))
+    run_command(lambda: sample_command(run, prompt, own, preview, checkpoint, output, overrides))
 
 
 @app.command()

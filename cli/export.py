@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 
 def export_command(
     source: Path, formats: list[str], checkpoint: str | None, output: Path | None, form: str | None, family: str | None, base: str | None
 ) -> None:
+    from diffpipe.cli.checkpoint import step_of
     from diffpipe.cli.quiet import quiet_libraries
 
     quiet_libraries()
@@ -22,16 +22,6 @@ def export_command(
     else:
         if form or family or base:
             raise ConfigError("a run knows its own", where="--from, --family, --base", fix="leave them out, or name an adapter file")
-        written = export_run(source, formats=formats, step=_step(checkpoint), output=output)
+        written = export_run(source, formats=formats, step=step_of(checkpoint), output=output)
     for path in written:
         print(path)
-
-
-def _step(checkpoint: str | None) -> int | Literal["best"] | None:
-    from diffpipe.errors import ConfigError
-
-    if checkpoint is None or checkpoint == "best":
-        return checkpoint
-    if not checkpoint.isdecimal():
-        raise ConfigError(repr(checkpoint), where="--checkpoint", expected="the step of a checkpoint, such as 500, or best")
-    return int(checkpoint)

@@ -11,10 +11,11 @@ def sample_command(
     texts: list[str],
     prompt: dict[str, Any],
     preview: dict[str, Any],
-    step: int | None,
+    checkpoint: str | None,
     output: Path | None,
     overrides: list[str],
 ) -> None:
+    from diffpipe.cli.checkpoint import step_of
     from diffpipe.cli.console import show_fault
     from diffpipe.cli.dashboard import make_sinks
     from diffpipe.cli.quiet import quiet_libraries
@@ -32,4 +33,6 @@ def sample_command(
         )
     given = [{"prompt": text, **own} for text in texts]
     changes = {name: value for name, value in preview.items() if value is not None}
-    sample_run(run, config_of(run, overrides, given, changes), step=step, output=output, make_sinks=make_sinks, tell=show_fault)
+    sample_run(
+        run, config_of(run, overrides, given, changes), step=step_of(checkpoint), output=output, make_sinks=make_sinks, tell=show_fault
+    )

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffpipe.config.schema import PreviewConfig
+from diffpipe.config.schema import Config, PreviewConfig
 from diffpipe.data.media import write
+from diffpipe.encode import prepare_prompts
 from diffpipe.errors import DiffpipeError, ShortageError
 from diffpipe.metrics import PreviewRecord, Progress, Sinks
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.encoders import Encoders, halve_tiles
 from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.watch import Watch
-from diffpipe.prompts import Prompts
+from diffpipe.prompts import Prompt, Prompts
 from diffpipe.sampling import Interrupted, Sampler
 
 FIXES = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")
+
+
+def open_prompts(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, entries: Sequence[Prompt]) -> Prompts:
+    """The prompts of previews, encoded first where the cache lacks them."""
+    return prepare_prompts(
+        config,
+        model,
+        entries,
+        rank=mesh.rank,
+        world=mesh.world,
+        exchange=mesh.exchange,
+        device=mesh.device,
+        progress=sinks.progress,
+    )
 
 
 class Previews:

@@ -158,6 +158,17 @@ def find_run(output_dir: Path, name: str) -> Path:
     return runs[-1]
 
 
+def config_file(run: Path) -> Path:
+    """A run's config as it was resolved.
+
+    Raises:
+        ConfigError: when the folder is no run's.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
+    return run / CONFIG
+
+
 def checkpoint_of(run: Path, step: int | Literal["best"] | None) -> Path:
     """A run's checkpoint.
 
@@ -168,8 +179,7 @@ def checkpoint_of(run: Path, step: int | Literal["best"] | None) -> Path:
         ConfigError: when the folder is no run's.
         CheckpointError: when there is no such checkpoint.
     """
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
+    config_file(run)
     if step == "best":
         return _best(run)
     found = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(run / "checkpoints")}

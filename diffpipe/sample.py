@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffpipe.checkpoint import damage, load_weights
 from diffpipe.config.load import load_config, validate
 from diffpipe.config.schema import Config
-from diffpipe.encode import prepare_prompts
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.forecast import open_forecast
 from diffpipe.metrics import Progress, Sink, Sinks
@@ -19,9 +18,9 @@ from diffpipe.pipeline.memory.planner import is_open
 from diffpipe.pipeline.memory.shortage import explained
 from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.watch import Watch
-from diffpipe.previews import FIXES, Previews
+from diffpipe.previews import FIXES, Previews, open_prompts
 from diffpipe.prompts import read_prompts
-from diffpipe.run import CONFIG, checkpoint_of
+from diffpipe.run import checkpoint_of, config_file
 
 
 def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> Config:
@@ -35,9 +34,7 @@ def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str
     Raises:
         ConfigError: when the run is not there, or a value cannot be.
     """
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run} has no {CONFIG}", where="RUN", expected="a run folder, such as runs/20261123-101500")
-    raw = load_config(run / CONFIG, overrides).model_dump(mode="json")
+    raw = load_config(config_file(run), overrides).model_dump(mode="json")
     raw["preview"] |= {**({"prompts": list(prompts)} if prompts else {}), **changes}
     if not raw["preview"]["prompts"]:
         raise ConfigError("nothing says what to sample", where="--prompt", fix="name a prompt; the run has no preview.prompts")
@@ -48,7 +45,7 @@ def sample_run(
     run: Path,
     config: Config,
     *,
-    step: int | None,
+    step: int | Literal["best"] | None,
     output: Path | None,
     make_sinks: Callable[[], list[Sink]],
     tell: Callable[[DiffpipeError], None],
@@ -58,7 +55,7 @@ def sample_run(
     Args:
         run: its folder.
         config: of ``config_of``.
-        step: which checkpoint; None takes the newest.
+        step: which checkpoint; "best" takes the one with the lowest held-out loss, None the newest.
         output: the folder to write to; None is ``samples/step-N`` in the run.
         make_sinks: makes what shows a person how far it is; called on one rank.
         tell: shows why this process is ended, when another is gone.
@@ -74,16 +71,7 @@ def sample_run(
                 raise CheckpointError(f"is damaged: {found}", where=str(checkpoint), fix="take an older checkpoint")
             model = make_model(config.model, config.objective)
             entries = mesh.decide(lambda: read_prompts(config, model))
-            prompts = prepare_prompts(
-                config,
-                model,
-                entries,
-                rank=mesh.rank,
-                world=mesh.world,
-                exchange=mesh.exchange,
-                device=mesh.device,
-                progress=sinks.progress,
-            )
+            prompts = open_prompts(config, model, mesh, sinks, entries)
             if is_open(config.memory) and (forecast := open_forecast(config, model, mesh)) is not None:
                 forecast.settle({entry.bucket for entry in entries})
                 config = forecast.config

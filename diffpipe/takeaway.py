@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from diffpipe.checkpoint import read_weights
-from diffpipe.config.load import validate
+from diffpipe.config.load import load_config
 from diffpipe.config.schema import ExportFormat, ModelConfig, ObjectiveConfig
 from diffpipe.errors import ConfigError
 from diffpipe.export.run import export_tensors, write_adapter
@@ -17,7 +15,7 @@ from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.adapter_files import form_of, read_adapter
 from diffpipe.models.adapters import plain_name
 from diffpipe.models.weights import lazily, read_metadata
-from diffpipe.run import CONFIG, checkpoint_of
+from diffpipe.run import checkpoint_of, config_file
 
 
 def export_run(run: Path, *, formats: Sequence[str], step: int | Literal["best"] | None = None, output: Path | None = None) -> list[Path]:
@@ -34,7 +32,7 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | Literal["best"]
     """
     _check_formats(formats)
     checkpoint = checkpoint_of(run, step)
-    config = validate(yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")), str(run / CONFIG))
+    config = load_config(config_file(run))
     weights = {plain_name(name): lazily(t.shape, t.dtype, lambda t=t: t) for name, t in read_weights(checkpoint).items()}
     return export_tensors(config, make_model(config.model, config.objective), weights, output or run / "exports" / checkpoint.name, formats)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from diffpipe.data.loader import Batch, make_loader
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.workers import told_of_death
 from diffpipe.description import describe
-from diffpipe.encode import cache_folder, prepare_data, prepare_prompts
+from diffpipe.encode import cache_folder, prepare_data
 from diffpipe.errors import DiffpipeError, ShortageError, Stopped
 from diffpipe.evaluation import Evaluation
 from diffpipe.export.run import check_formats, export_weights
@@ -39,8 +39,8 @@ from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.shard import local
 from diffpipe.pipeline.watch import Watch
-from diffpipe.previews import Previews
-from diffpipe.prompts import Prompt, Prompts, read_prompts
+from diffpipe.previews import Previews, open_prompts
+from diffpipe.prompts import Prompts, read_prompts
 from diffpipe.requests import NOTHING, Request, Requests, Signals
 from diffpipe.run import Run, open_run
 from diffpipe.startup import Startup
@@ -199,20 +199,6 @@ def open_data(
             sinks.note(f"{name}: {line}")
         opened.append(samples)
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
-
-
-def open_prompts(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, entries: Sequence[Prompt]) -> Prompts:
-    """The prompts of previews, encoded first where the cache lacks them."""
-    return prepare_prompts(
-        config,
-        model,
-        entries,
-        rank=mesh.rank,
-        world=mesh.world,
-        exchange=mesh.exchange,
-        device=mesh.device,
-        progress=sinks.progress,
-    )
 
 
 class Trainer:
