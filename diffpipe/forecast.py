@@ -30,14 +30,14 @@ class Forecast:
 
     Args:
         free: bytes that are free on the device; None where nothing limits the stage but ``memory.budget``.
-        host: bytes of host memory that are free for this process; None where nothing limits them but ``memory.host_budget``.
+        host: bytes of host memory that are free for this process; infinite where nothing limits them but ``memory.host_budget``.
 
     Attributes:
         config: the run's, with its memory section settled by ``settle``.
         reasons: by key of that section, why it is as it is, where it was chosen.
     """
 
-    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card, free: int | None, host: int | None = None) -> None:
+    def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card, free: int | None, host: float = inf) -> None:
         self.config, self.stage, self.free, self.host = config, stage, free, host
         self.rehearsal = Rehearsal(config, model, stage, card)
         self.reasons: dict[str, str] = {}
@@ -57,11 +57,11 @@ class Forecast:
         return self.free, "what is free on the device"
 
     @property
-    def host_limit(self) -> tuple[int, str] | None:
-        """Bytes that may be held in host memory, and whose limit that is."""
+    def host_limit(self) -> tuple[float, str]:
+        """Bytes that may be held in host memory, infinite where nothing limits them, and whose limit that is."""
         if self.config.memory.host_budget is not None:
             return self.config.memory.host_budget, "memory.host_budget"
-        return None if self.host is None else (self.host, "what is free for this process")
+        return self.host, "what is free for this process"
 
     def settle(self, buckets: Iterable[Bucket]) -> None:
         """Choose what the memory section leaves open, for the bucket that takes most.
@@ -72,23 +72,23 @@ class Forecast:
         if self.limit is None:
             return
         limit, whose = self.limit
-        host = self.host_limit
+        host, whose_host = self.host_limit
         dearest = largest([dims(b) for b in buckets])
         where, judge = f"bucket {Bucket(*dearest)} on stage {self.stage}", self._judge(dearest)
         if not is_open(self.config.memory):
             estimate = judge(self.config.memory)
             if estimate.peak * (1 - ERROR) > limit:
                 raise does_not_fit(where, estimate, limit, whose, self.config)
-            if host is not None and estimate.host * (1 - ERROR) > host[0]:
-                raise too_much_for_the_host(where, estimate, *host)
+            if estimate.host * (1 - ERROR) > host:
+                raise too_much_for_the_host(where, estimate, int(host), whose_host)
             return
         units, asked = len(self.rehearsal.units), self.config.memory
         if (self.config.adapter is None and self.config.optimizer.clip is not None) or self.config.mesh.shard > 1:
             # What trains is stepped where it streams, before the norm is known; and what is sharded does not stream.
             asked = asked.model_copy(update={"swap": 0})
-        choice = choose(asked, units, limit, judge, host[0] if host is not None else inf)
-        if choice is None and host is not None and (wider := choose(asked, units, limit, judge)) is not None:
-            raise too_much_for_the_host(where, wider.estimate, *host)
+        choice = choose(asked, units, limit, judge, host)
+        if choice is None and host < inf and (wider := choose(asked, units, limit, judge)) is not None:
+            raise too_much_for_the_host(where, wider.estimate, int(host), whose_host)
         if choice is None:
             tried = self.config.model_copy(update={"memory": exhausted(asked)})
             raise does_not_fit(where, least(asked, units, judge), limit, whose, tried)
@@ -97,8 +97,7 @@ class Forecast:
 
     def lower(self, bucket: Bucket) -> MemoryConfig | None:
         """Settle for less than what proved too much in steps of a bucket; None where nothing is left to lower."""
-        host = self.host_limit
-        settings = lower(self.config.memory, len(self.rehearsal.units), self._judge(dims(bucket)), host[0] if host is not None else inf)
+        settings = lower(self.config.memory, len(self.rehearsal.units), self._judge(dims(bucket)), self.host_limit[0])
         if settings is not None:
             self.config = self.config.model_copy(update={"memory": settings})
         return settings

@@ -569,6 +569,10 @@ class MemoryConfig(Section):
     )
     compile: bool = Field(default=False, description="Compile each block with torch.compile, once for each kind of block and bucket.")
 
+    def policy_of(self, unit: int) -> str:
+        """What the backward pass of a unit computes again, as ``recompute`` has it, by the unit's number within its stage."""
+        return self.recompute if unit % self.recompute_every == 0 else "none"
+
     @model_validator(mode="after")
     def _recompute_fits(self) -> MemoryConfig:
         if self.recompute == "parts" and not self.compile:

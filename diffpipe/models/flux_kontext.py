@@ -37,9 +37,8 @@ class FluxKontext(Flux):
 
     def make_pipeline(self, components: dict[str, Any]) -> Any:
         made = super().make_pipeline(components)
-        made.latent_channels = self.blueprint["vae"].config[
-            "latent_channels"
-        ]  # by which it knows latents; it asks a VAE that may be absent
+        # By which it knows latents; it asks the VAE, which may be absent.
+        made.latent_channels = self.blueprint["vae"].config["latent_channels"]
         return made
 
     def conditions(self, text: Mapping[str, Tensor], negative: Mapping[str, Tensor] | None, shown: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import hashlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from diffpipe.pipeline.build import precision_of
 from diffpipe.pipeline.cut import duplicate
-from diffpipe.pipeline.memory.compiling import compiled
+from diffpipe.pipeline.memory.compiling import run_by
 from diffpipe.pipeline.memory.footprint import Call
-from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.timeline import Visit
 from diffpipe.pipeline.rehearsal import Dims, Rehearsal
 
@@ -44,8 +42,7 @@ def measure(whole: Rehearsal, buckets: Sequence[Dims], device: torch.device, kno
         timeline = whole.timeline(bucket)
         for visit, key in zip(_visits(whole, bucket), keys(whole, bucket, device), strict=True):
             if key not in known and key not in fresh:
-                policy = _policy(whole, visit)
-                fresh[key] = _timed(whole.plain[visit.unit], timeline.calls[visit.kind][1], policy, whole, device)
+                fresh[key] = _timed(visit.unit, timeline.calls[visit.kind][1], whole, device)
     return fresh
 
 
@@ -62,7 +59,7 @@ def keys(whole: Rehearsal, bucket: Dims, device: torch.device) -> list[str]:
     )
     place = (_name(device), torch.__version__)
     return [
-        hashlib.blake2b(repr((visit.kind, _policy(whole, visit), run, place)).encode(), digest_size=16).hexdigest()
+        hashlib.blake2b(repr((visit.kind, memory.policy_of(visit.unit), run, place)).encode(), digest_size=16).hexdigest()
         for visit in _visits(whole, bucket)
     ]
 
@@ -71,23 +68,14 @@ def _visits(whole: Rehearsal, bucket: Dims) -> list[Visit]:
     return [event for event in whole.timeline(bucket).ahead if isinstance(event, Visit)]
 
 
-def _policy(whole: Rehearsal, visit: Visit) -> str:
-    memory = whole.config.memory
-    return memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
-
-
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
-def _timed(plain: nn.Module, call: Call, policy: str, whole: Rehearsal, device: torch.device) -> Seconds:
+def _timed(number: int, call: Call, whole: Rehearsal, device: torch.device) -> Seconds:
     """The median of a few runs with random weights, behind one that is not counted."""
-    unit = _made(plain, device)
-    forward: Any = unit.forward
-    if whole.config.memory.compile:
-        forward = compiled(forward, policy)
-    elif policy != "none":
-        forward = recompute(forward, policy)
+    unit = _made(whole.plain[number], device)
+    forward = run_by(unit.forward, whole.config.memory, number)
     args, kwargs = tree_unflatten([_random(x, device) if isinstance(x, Tensor) else x for x in call.leaves], call.tree)
     precision = precision_of(whole.config, device)
     found: list[Seconds] = []

@@ -172,8 +172,7 @@ class Rehearsal:
         outside = {id(p): p for p in self.holder.parameters()}
         found: list[Unit] = []
         for visit in (e for e in timeline.ahead if isinstance(e, Visit)):
-            policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
-            taken = self._footprint(timeline, visit, policy, threshold, memory.compile)
+            taken = self._footprint(timeline, visit, memory.policy_of(visit.unit), threshold, memory.compile)
             own = list(self.units[visit.unit].parameters())
             for p in own:
                 outside.pop(id(p), None)
@@ -223,8 +222,7 @@ class Rehearsal:
             timeline = self.timeline(bucket)
 
             def footprint(visit: Visit) -> Footprint:
-                policy = memory.recompute if visit.unit % memory.recompute_every == 0 else "none"
-                return self._footprint(timeline, visit, policy, threshold, memory.compile)
+                return self._footprint(timeline, visit, memory.policy_of(visit.unit), threshold, memory.compile)
 
             self.peaks[key] = find_peak(timeline, footprint, self._in_flight(memory), self.config.batch.accumulate, together, released)
         return self.peaks[key]

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
+from diffpipe.config.schema import MemoryConfig
+from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.tags import Cut
 
 # torch gives a function up, and runs it uncompiled from then on, after 8 kinds of inputs; buckets and kinds of units are more.
@@ -32,6 +34,14 @@ def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
         return inner(*args, **kwargs)
 
     return called
+
+
+def run_by(forward: Callable[..., Any], memory: MemoryConfig, unit: int) -> Callable[..., Any]:
+    """``forward`` as a memory section has a unit computed: compiled or not, its activations kept or computed again."""
+    policy = memory.policy_of(unit)
+    if memory.compile:
+        return compiled(forward, policy)
+    return forward if policy == "none" else recompute(forward, policy)
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -12,11 +12,10 @@ from torch.optim import Optimizer
 
 from diffpipe.config.schema import MemoryConfig, OptimizerConfig
 from diffpipe.errors import ConfigError
-from diffpipe.pipeline.memory.compiling import compiled
+from diffpipe.pipeline.memory.compiling import run_by
 from diffpipe.pipeline.memory.ferry import Ferry
 from diffpipe.pipeline.memory.host import HostMemory
 from diffpipe.pipeline.memory.offload import Offload
-from diffpipe.pipeline.memory.recompute import recompute
 from diffpipe.pipeline.memory.release import Release
 from diffpipe.pipeline.memory.saved import Packer, saving
 from diffpipe.pipeline.memory.staging import Staging
@@ -81,12 +80,7 @@ class MemoryLayer:
             self.stream = Stream(self.homes, self.device, room, staging, self.streams)
         self.turns.stream = self.stream
         for number, unit in enumerate(self.units):
-            forward: Callable[..., Any] = unit.forward
-            policy = self.config.recompute if number % self.config.recompute_every == 0 else "none"
-            if self.config.compile:
-                forward = compiled(forward, policy)
-            elif policy != "none":
-                forward = recompute(forward, policy)
+            forward = run_by(unit.forward, self.config, number)
             streams = self.stream if number in self.homes else None
             if streams is not None or self.offload is not None:
                 forward = saving(forward, partial(_packers, streams, self.offload))
