@@ -33,6 +33,7 @@ from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.outlook import Outlook
+from diffpipe.pipeline.attention import check_attention
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
@@ -92,6 +93,7 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
+        check_attention(config.model.attention, mesh.device)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         asked = mesh.decide(lambda: read_prompts(config, model))
         outlook = Outlook(config, model, mesh)

@@ -36,10 +36,8 @@ class Attention:
     def __init__(self, kind: str, device: torch.device, repeats: bool = True) -> None:
         self.cudnn, self.repeats, self.retreated = kind == "cudnn", repeats, False
         torch.backends.cuda.enable_cudnn_sdp(self.cudnn)
+        check_attention(kind, device)
         if kind == "fa4":
-            why = lacks_fa4(device)
-            if why is not None:
-                raise ConfigError(f"fa4, {why[0]}", where="model.attention", expected="sdpa, cudnn or fa4", fix=why[1])
             activate_flash_attention_impl("FA4")
         elif current_flash_attention_impl() is not None:
             restore_flash_attention_impl()
@@ -52,6 +50,17 @@ class Attention:
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.compiler.reset()  # which kernel runs is part of what was compiled
         return torch.cuda.is_available()
+
+
+def check_attention(kind: str, device: torch.device) -> None:
+    """Raise where a device cannot have the kernels of ``model.attention``.
+
+    Raises:
+        ConfigError: with what to do.
+    """
+    why = lacks_fa4(device) if kind == "fa4" else None
+    if why is not None:
+        raise ConfigError(f"fa4, {why[0]}", where="model.attention", expected="sdpa, cudnn or fa4", fix=why[1])
 
 
 def lacks_fa4(device: torch.device) -> tuple[str, str] | None:
