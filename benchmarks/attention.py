@@ -16,8 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from diffpipe.pipeline.attention import Attention, lacks_fa4
 
-# Tokens, heads, width of a head, tokens attended to: Flux at 1024x1024; Wan 14B at 512x512 and 81 frames, to itself and to its caption.
-SHAPES = [(4608, 24, 128, 4608), (21504, 40, 128, 21504), (21504, 40, 128, 512)]
+# Tokens, heads, width of a head, tokens attended to: Flux at 1024x1024; Wan 14B at 512x512 and 81 frames, to itself and to its caption;
+# SDXL at 1024x1024 to its caption.
+SHAPES = [(4608, 24, 128, 4608), (21504, 40, 128, 21504), (21504, 40, 128, 512), (4096, 10, 64, 77)]
 KINDS = {"sdpa": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "fa4": SDPBackend.FLASH_ATTENTION}
 ROUNDS = 5
 
