@@ -173,19 +173,20 @@ class Mesh:
         dist.broadcast(whole, source, group=self.stage_group)
         return whole
 
-    def mean_over_replicas(self, tensors: Sequence[Tensor], chunk: int = 1 << 26) -> None:
-        """Replace each tensor by its mean over the replicas, in flat chunks of about ``chunk`` bytes.
+    def mean_over_replicas(self, parameters: Sequence[Tensor], chunk: int = 1 << 26) -> None:
+        """Give each parameter the mean of its gradient over the replicas, in flat chunks of about ``chunk`` bytes.
 
-        Gradients of sharded weights are that already: FSDP takes it as it shares them out.
+        In other memory: what a gradient lies in may also hold one that the backward pass still needs. Gradients of sharded weights are
+        means already: FSDP takes them as it shares them out.
         """
         if self.replicas == 1:
             return
-        for group in _chunks([t for t in tensors if not isinstance(t, DTensor)], chunk):
-            flat = torch.cat([t.reshape(-1) for t in group])
+        for group in _chunks([p for p in parameters if not isinstance(p, DTensor)], chunk):
+            flat = torch.cat([p.grad.reshape(-1) for p in group if p.grad is not None])
             dist.all_reduce(flat, group=self.replica_group)
             flat /= self.replicas
-            for t, mean in zip(group, flat.split([t.numel() for t in group]), strict=True):
-                t.copy_(mean.view_as(t))
+            for p, mean in zip(group, flat.split([p.numel() for p in group]), strict=True):
+                p.grad = mean.view_as(p)
 
 
 def _chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:

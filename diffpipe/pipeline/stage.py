@@ -36,19 +36,34 @@ class StepInputs:
     instead: tuple[Tensor, ...] | None = None
 
 
-class _Wire(torch.autograd.Function):
-    """Identity at a border: contiguous both ways, since gloo refuses to send anything else."""
+class _Arriving(torch.autograd.Function):
+    """Identity on what came over a border. Its gradient goes back in memory of its own.
+
+    Autograd may let a weight's ``.grad`` keep the very memory of a gradient that flows on, where an operation gives both the same (a
+    table added to a modulation, at one sample); the next microbatch's gradient is added there while this one is still being sent.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone(memory_format=torch.contiguous_format)  # gloo refuses to send anything else
+
+
+class _Leaving(torch.autograd.Function):
+    """Identity on what goes over a border, contiguous, since gloo refuses to send anything else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None]) -> Tensor:
         ctx.on_backward = on_backward
         return x.contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.on_backward is not None:
-            ctx.on_backward()
-        return grad.contiguous(), None
+        ctx.on_backward()
+        return grad, None
 
 
 class Stage(nn.Module):
@@ -79,7 +94,7 @@ class Stage(nn.Module):
         inputs, targets = self.inputs.microbatches[number]
         unused = self.inputs.unused[number]
         backward_begins = partial(self._backward_begins, number)
-        arrived = tuple(_Wire.apply(t, None) if t.requires_grad else t for t in payload)
+        arrived = tuple(_Arriving.apply(t) if t.requires_grad else t for t in payload)
         arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
         try:
             with self.precision():
@@ -96,7 +111,7 @@ class Stage(nn.Module):
         if self.part.last:
             return self._share(sent, targets, number, backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
-        return tuple(_Wire.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
+        return tuple(_Leaving.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
 
     def _share(self, outputs: tuple[Tensor, ...], targets: Targets, microbatch: int, backward_begins: Callable[[], None]) -> Tensor:
         by_sample = outputs[0].new_zeros(len(outputs[0]), dtype=torch.float32)

@@ -17,7 +17,7 @@ from diffpipe.models.adapters import attach, base_name, initialise, resolve_targ
 from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.pipeline.build import outline, precision_of, read_weights
 from diffpipe.pipeline.cut import Border, Fakes, Part, Probe, duplicate, expand
-from diffpipe.pipeline.stage import sum_errors
+from diffpipe.pipeline.stage import Stage, StepInputs, sum_errors
 from tests.families import apart, filled, frames_of, microbatch
 
 CPU = torch.device("cpu")
@@ -81,6 +81,30 @@ def test_any_cut_gives_the_whole_models_output_and_gradients(model: DiffusionMod
         assert gradients.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_gradient_that_goes_back_over_a_border_is_in_memory_that_no_weights_gradient_grows_in(model: DiffusionModel) -> None:
+    """At one sample: there autograd gives a table and the modulation that it is added to the same memory."""
+    inputs, targets = microbatch(model, count=1, frames=frames_of(model))
+    whole = filled(whole_of(model, lora=False))
+    fakes = Fakes(CPU)
+    parts = [Part(apart(whole), model.spec, i, i + 1, fakes) for i in range(len(expand(whole, model.spec.units)))]
+    stages = [Stage(part, nullcontext, CPU, ObjectiveConfig()) for part in parts]
+    payload: tuple[Tensor, ...] = ()
+    layout, links = None, []
+    for stage in stages:
+        ahead, onward = stage.part(tuple(t.detach() for t in payload), layout, inputs)
+        stage.inputs = StepInputs([(inputs, targets)], layout, (None,) * len(payload), (None,) * len(ahead), [0])
+        sent = stage(*payload, microbatch=torch.tensor(0))
+        links.append((stage, payload, (sent,) if stage.part.last else sent))
+        payload, layout = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in links[-1][2]), onward
+    gradients: list[Tensor | None] = [None]
+    for stage, arrived, sent in reversed(links):
+        pairs = [(s, g) for s, g in zip(sent, gradients, strict=True) if s.requires_grad and (g is not None or stage.part.last)]
+        torch.autograd.backward([s for s, _ in pairs], [g for _, g in pairs])
+        gradients = [t.grad for t in arrived]
+        kept = [g.untyped_storage().data_ptr() for g in [*gradients, *(p.grad for p in stage.parameters())] if g is not None]
+        assert len(set(kept)) == len(kept)
 
 
 def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: DiffusionModel) -> None:

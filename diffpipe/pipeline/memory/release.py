@@ -25,7 +25,7 @@ class Release:
 
     Args:
         optimizer: of all trained weights.
-        average: replaces gradients by their mean over the replicas.
+        average: gives weights the means of their gradients over the replicas.
         ferry: carries state, and gradients that wait for other microbatches.
         units: the trained weights of each unit, by number.
         early: units that are stepped as soon as their last backward pass is over.
@@ -82,18 +82,17 @@ class Release:
         moving = self._moving(unit) if unit in self.early else []
         if not moving:
             return False
-        gradients = [_gradient(p) for p in moving]
         if self.passes[unit] < self.microbatches:
             for p in moving:
                 if p not in self.gradients:
                     self.gradients[p] = self.ferry.host_like(p)
-            self.ferry.send(gradients, [self.gradients[p] for p in moving])
+            self.ferry.send([_gradient(p) for p in moving], [self.gradients[p] for p in moving])
             self.waiting.update(moving)
             for p in moving:
                 p.grad = None
             return False
-        self.average(gradients)
-        self.squares += [torch.linalg.vector_norm(g, dtype=torch.float32).square() for g in gradients]
+        self.average(moving)
+        self.squares += [torch.linalg.vector_norm(_gradient(p), dtype=torch.float32).square() for p in moving]
         self._step(unit)
         return True
 
