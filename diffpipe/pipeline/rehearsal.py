@@ -17,7 +17,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.build import outline, parts_of, precision_of
 from diffpipe.pipeline.cut import NOTHING, Fakes, Part, Probe, duplicate
-from diffpipe.pipeline.memory.arena import make_plan
+from diffpipe.pipeline.memory.arena import Use, make_plan
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import Card
 from diffpipe.pipeline.memory.chunks import chunk
@@ -275,7 +275,7 @@ class Rehearsal:
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def _residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
-        key = (memory.swap, memory.room)
+        key = (memory.swap, memory.room, memory.compile and (memory.recompute, memory.recompute_every))
         if key not in self.residencies:
             self.residencies[key] = self._placed(self.timeline(bucket), memory)
         return self.residencies[key]
@@ -294,9 +294,13 @@ class Rehearsal:
         with self.fakes.mode:
             homes = streamed([duplicate(unit) for unit in self.units], numbers, HostMemory(pinned=False))
             stream = Stream(homes, CPU, None if memory.room is None else int(memory.room * (1 << 20)))
-        visits = [e.unit for e in [*timeline.ahead, *timeline.back] if isinstance(e, Visit) and e.unit in homes]
-        first = make_plan(visits, stream.sizes, stream.arena.numel(), {})
-        steady = make_plan(visits, stream.sizes, stream.arena.numel(), first.resident)
+        ahead, back = ([e for e in events if isinstance(e, Visit) and e.unit in homes] for events in (timeline.ahead, timeline.back))
+        if memory.compile:
+            taken = {visit.unit: self._footprint(timeline, visit, memory.policy_of(visit.unit), None, compiles=True) for visit in ahead}
+            stream.spare({unit: footprint.read for unit, footprint in taken.items()})
+        visits = [*(Use(e.unit) for e in ahead), *(Use(e.unit, back=True) for e in back)]
+        first = make_plan(visits, stream.sizes, stream.arena.numel(), {}, stream.parts())
+        steady = make_plan(visits, stream.sizes, stream.arena.numel(), first.resident, stream.parts())
         stepped = sum(rounded(p.nbytes) for home in homes.values() for p in home.trained)
         return Residency(
             resident,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -126,29 +126,32 @@ class Races(TorchDispatchMode):
 
 
 class Unit(nn.Module):
+    """Its shift's weight is read by a backward pass only where the condition needs a gradient."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(64, width), nn.Linear(width, 64)
+        self.shift, self.up, self.down = nn.Linear(32, 64), nn.Linear(64, width), nn.Linear(width, 64)
+        self.condition = torch.randn(1, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
+        return x + self.down(torch.tanh(self.up(x + self.shift(self.condition))))
 
 
-def units_of(trained: bool) -> list[nn.Module]:
+def units_of(trained: bool) -> list[Unit]:
     torch.manual_seed(0)
     return [Unit(96 + 32 * (i % 3)).requires_grad_(trained) for i in range(7)]
 
 
-Order = Callable[[list[nn.Module], list[Tensor]], list[Tensor]]
+Order = Callable[[Sequence[nn.Module], list[Tensor]], list[Tensor]]
 
 
-def forward(units: list[nn.Module], x: Tensor) -> Tensor:
+def forward(units: Sequence[nn.Module], x: Tensor) -> Tensor:
     for unit in units:
         x = unit(x)
     return x.square().mean()
 
 
-def one_by_one(units: list[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
+def one_by_one(units: Sequence[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
     losses: list[Tensor] = []
     for x in inputs:
         losses.append(forward(units, x))
@@ -156,7 +159,7 @@ def one_by_one(units: list[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
     return [loss.detach() for loss in losses]
 
 
-def layer_by_layer(units: list[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
+def layer_by_layer(units: Sequence[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
     for unit in units:
         inputs = [unit(x) for x in inputs]
     losses = [x.square().mean() for x in inputs]
@@ -164,7 +167,7 @@ def layer_by_layer(units: list[nn.Module], inputs: list[Tensor]) -> list[Tensor]
     return [loss.detach() for loss in losses]
 
 
-def two_in_flight(units: list[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
+def two_in_flight(units: Sequence[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
     """As the first of two stages does under 1F1B."""
     losses: list[Tensor] = []
     for i in range(len(inputs) + 1):
@@ -178,7 +181,7 @@ def two_in_flight(units: list[nn.Module], inputs: list[Tensor]) -> list[Tensor]:
 Outcome = tuple[list[Tensor], list[Tensor | None], list[Tensor]]
 
 
-def stepped(units: list[nn.Module], order: Order, count: int, layer: MemoryLayer | None) -> Outcome:
+def stepped(units: Sequence[nn.Module], order: Order, count: int, layer: MemoryLayer | None) -> Outcome:
     """Losses of some steps and evaluations, the inputs' gradients, and the weights in the end."""
     named = [(f"{i}.{n}", p) for i, unit in enumerate(units) for n, p in unit.named_parameters()]
     optimizer = make_optimizer(OptimizerConfig(lr=1e-2), named)
@@ -207,17 +210,21 @@ def stepped(units: list[nn.Module], order: Order, count: int, layer: MemoryLayer
     return losses, gradients, [p.detach().clone() for unit in units for p in unit.parameters()]
 
 
-def layer_of(units: list[nn.Module], streams: Streams, places: float | None, stepping: dict[str, Any], **memory: Any) -> MemoryLayer:
-    """A layer whose arena holds so many of the largest units; None for the least."""
+def layer_of(units: Sequence[nn.Module], streams: Streams, places: float | None, stepping: dict[str, Any], **memory: Any) -> MemoryLayer:
+    """A layer whose arena holds so many of the largest units; None for the least. Where all is kept, backward passes are taken to read
+    what autograd saved, as those of compiled units do."""
     largest = max(sum(p.nbytes for p in unit.parameters()) for unit in units)
     room = None if places is None else places * (largest + 1024) / 2**20
     config = MemoryConfig.model_validate({"swap": "all", "room": room, "offload": True, "offload_threshold": 0.001, **memory})
-    layer = MemoryLayer(config, units, CPU, OptimizerConfig(**stepping), streams)
+    layer = MemoryLayer(config, [*units], CPU, OptimizerConfig(**stepping), streams)
     layer.wrap()
+    assert layer.stream is not None
+    layer.stream.told = config.recompute == "none"
     return layer
 
 
 SOME = {"swap": 4, "recompute": "none"}
+ALL = {"swap": "all", "recompute": "none"}
 APART = {"release": True, "offload": True}
 
 
@@ -227,12 +234,13 @@ APART = {"release": True, "offload": True}
     [
         (False, {}, {}),
         (False, SOME, {}),
+        (False, ALL, {}),
         (True, {}, {}),
         (True, SOME, {}),
         (True, SOME, {"offload": True}),
         (True, SOME, APART),
     ],
-    ids=["frozen", "some-frozen", "trained", "some-trained", "late", "released"],
+    ids=["frozen", "some-frozen", "told", "trained", "some-trained", "late", "released"],
 )
 @pytest.mark.parametrize(
     ("order", "count"), [(one_by_one, 1), (one_by_one, 3), (layer_by_layer, 3), (two_in_flight, 3)], ids=lambda v: getattr(v, "__name__", v)
@@ -249,6 +257,31 @@ def test_whoever_is_late_nothing_is_read_or_overwritten_too_early(
     assert all(torch.equal(a, b) for ours, theirs in zip(got, plain, strict=True) for a, b in zip(ours, theirs, strict=True))
     # The computation, weights, activations both ways; stepped weights' way home, and state both ways.
     assert len(races.done) == (7 if trained else 4)
+
+
+def test_weights_that_only_some_steps_backward_passes_read_are_left_out_of_the_others_copies_alone() -> None:
+    units, plain, streams = units_of(False), units_of(False), Streams()
+    layer = layer_of(units, streams, None, {}, **ALL)
+    stream = layer.stream
+    assert stream is not None
+    moved = []
+    with Races(streams) as races:
+        for step in range(6):
+            wanting = step in (3, 4)
+            for unit in (*units, *plain):
+                unit.condition = unit.condition.detach().requires_grad_(wanting)
+            x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step))
+            before = stream.moved
+            layer.begin(1)
+            forward(units, x.requires_grad_()).backward()
+            layer.end()
+            moved.append(stream.moved - before)
+            forward(plain, other := x.detach().requires_grad_()).backward()
+            assert x.grad is not None and other.grad is not None and torch.equal(x.grad, other.grad)
+            for unit, same in zip(units, plain, strict=True):
+                assert not wanting or torch.equal(unit.condition.grad, same.condition.grad)  # pyright: ignore[reportArgumentType]
+    assert not races.found, sorted(set(races.found))
+    assert moved[2] < moved[3] and moved[4] > moved[2], moved
 
 
 @pytest.mark.parametrize("deaf", ["event", "stream"])

@@ -5,9 +5,42 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from math import inf
+from typing import NamedTuple
 
 START = -1  # as a visit: before the plan begins
+
+
+class Share(Enum):
+    """What is copied of a unit's weights."""
+
+    WHOLE = "whole"
+    BACK = "back"  # what a backward pass reads
+    REST = "rest"  # the others, where that is there
+
+
+class Use(NamedTuple):
+    """A visit to a unit.
+
+    Attributes:
+        back: only its backward pass is run, or passes that read no more than that.
+    """
+
+    unit: int
+    back: bool = False
+
+
+class Place(NamedTuple):
+    """Where a unit lies in the arena.
+
+    Attributes:
+        offset: in bytes.
+        whole: whether all of its weights are there, or only what a backward pass reads.
+    """
+
+    offset: int
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -16,13 +49,15 @@ class Load:
 
     Attributes:
         unit: which.
-        offset: in bytes.
+        offset: of the unit's place, in bytes.
         after: the visit whose end frees the place; ``START`` when it is free before the plan begins.
+        share: what is copied.
     """
 
     unit: int
     offset: int
     after: int
+    share: Share = Share.WHOLE
 
 
 @dataclass
@@ -30,73 +65,107 @@ class Plan:
     """What to copy when, for a sequence of visits.
 
     Attributes:
-        visits: units in the order of use.
+        visits: in their order.
         before: for each visit, the loads to start before its work is queued.
         behind: for each visit, the loads to start once its work is queued, whose place it frees.
         places: the offset of each unit in the arena at its visit.
-        resident: units and their offsets after the last visit.
+        resident: where units lie after the last visit.
         moved: bytes copied.
     """
 
-    visits: tuple[int, ...]
+    visits: tuple[Use, ...]
     before: list[list[Load]] = field(default_factory=list)
     behind: list[list[Load]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
-    resident: dict[int, int] = field(default_factory=dict)
+    resident: dict[int, Place] = field(default_factory=dict)
     moved: int = 0
 
 
-def make_plan(visits: Sequence[int], sizes: Mapping[int, int], room: int, resident: Mapping[int, int]) -> Plan:
+def make_plan(
+    visits: Sequence[Use], sizes: Mapping[int, int], room: int, resident: Mapping[int, Place], parts: Mapping[int, int] | None = None
+) -> Plan:
     """Keep in ``room`` bytes what is used soonest (Belady's rule), and load ahead as far as that leaves space.
 
-    After the last visit the sequence is taken to begin again, as training steps do.
+    After the last visit the sequence is taken to begin again, as training steps do. A unit has a place for all of it, also where
+    only what a backward pass reads is brought.
 
     Args:
-        visits: units in the order of use.
+        visits: in their order.
         sizes: bytes of each unit.
         room: bytes of the arena, at least the largest unit's.
-        resident: what lies in the arena before the first visit, by offset.
+        resident: what lies in the arena before the first visit.
+        parts: bytes that a backward pass reads, of those units of which it does not read all.
     """
-    return _Planner(visits, sizes, room, resident).run()
+    return _Planner(visits, sizes, room, resident, parts or {}).run()
 
 
 class _Planner:
-    def __init__(self, visits: Sequence[int], sizes: Mapping[int, int], room: int, resident: Mapping[int, int]) -> None:
-        self.visits, self.sizes, self.room = tuple(visits), sizes, room
+    def __init__(
+        self, visits: Sequence[Use], sizes: Mapping[int, int], room: int, resident: Mapping[int, Place], parts: Mapping[int, int]
+    ) -> None:
+        self.visits, self.sizes, self.room, self.parts = tuple(visits), sizes, room, parts
         self.uses: dict[int, list[int]] = {}
-        for i, unit in enumerate(self.visits):
-            self.uses.setdefault(unit, []).append(i)
+        for i, use in enumerate(self.visits):
+            self.uses.setdefault(use.unit, []).append(i)
         self.held = dict(resident)
         self.last: dict[int, int] = {}  # each resident unit's last visit so far
         self.ghosts: list[tuple[int, int, int]] = []  # begin, end and last visit of what lay there before
         self.plan = Plan(self.visits)
 
     def run(self) -> Plan:
-        for i, unit in enumerate(self.visits):
+        for i, use in enumerate(self.visits):
             self.plan.before.append([])
             self.plan.behind.append([])
-            if unit not in self.held:
-                load = self._place(unit, i, forced=True)
-                assert load is not None, "the arena holds the largest unit"
+            load = self._bring(use, i, forced=True)
+            if load is not None:
                 self.plan.before[i].append(load)
-            self.plan.places.append(self.held[unit])
-            self.last[unit] = i
+            self.plan.places.append(self.held[use.unit].offset)
+            self.last[use.unit] = i
             self._ahead(i)
         self.plan.resident = dict(self.held)
         return self.plan
 
     def _ahead(self, i: int) -> None:
         """Load what comes next while the visit ``i`` is computed."""
-        coming: dict[int, None] = {}
-        for unit in (*self.visits[i + 1 :], *self.visits[: i + 1]):
-            coming.setdefault(unit)
-        for unit in coming:
-            if unit in self.held:
+        coming: dict[int, Use] = {}
+        for use in (*self.visits[i + 1 :], *self.visits[: i + 1]):
+            coming.setdefault(use.unit, use)
+        for use in coming.values():
+            if self._has(use):
                 continue
-            load = self._place(unit, i, forced=False)
+            if use.unit == self.visits[i].unit and use.unit not in self.held:
+                return  # it has just made room for others, and is still used where it lay
+            load = self._bring(use, i, forced=False)
             if load is None:
                 return
             (self.plan.behind if load.after == i else self.plan.before)[i].append(load)
+
+    def _has(self, use: Use) -> bool:
+        """Whether what a visit reads is there."""
+        place = self.held.get(use.unit)
+        return place is not None and (place.whole or self._partly(use))
+
+    def _partly(self, use: Use) -> bool:
+        return use.back and use.unit in self.parts
+
+    def _bring(self, use: Use, i: int, forced: bool) -> Load | None:
+        """The load for a visit; None where all is there, or room is kept for what is used sooner."""
+        if self._has(use):
+            return None
+        size = self.sizes[use.unit]
+        if use.unit in self.held:
+            offset = self.held[use.unit].offset
+            self.held[use.unit] = Place(offset)
+            self.plan.moved += size - self.parts[use.unit]
+            return Load(use.unit, offset, START, Share.REST)  # the place is the unit's already
+        found = self._place(use.unit, i, forced)
+        if found is None:
+            assert not forced, "the arena holds the largest unit"
+            return None
+        partly = self._partly(use)
+        self.held[use.unit] = Place(found[0], whole=not partly)
+        self.plan.moved += self.parts[use.unit] if partly else size
+        return Load(use.unit, *found, Share.BACK if partly else Share.WHOLE)
 
     def _next_use(self, unit: int, i: int) -> float:
         """The first use after the visit ``i``, in the next round where there is none in this one."""
@@ -106,14 +175,16 @@ class _Planner:
         place = bisect_right(uses, i)
         return uses[place] if place < len(uses) else uses[0] + len(self.visits)
 
-    def _place(self, unit: int, i: int, forced: bool) -> Load | None:
-        """The place where a unit displaces what is used latest; None where that would be used sooner than the unit itself."""
+    def _place(self, unit: int, i: int, forced: bool) -> tuple[int, int] | None:
+        """The offset at which a unit displaces what is used latest, and the visit after which; None where that would be used sooner than
+        the unit itself."""
         size = self.sizes[unit]
         wanted = i if forced else self._next_use(unit, i)
         best: tuple[float, int, list[int]] | None = None
-        offsets = {0, self.room - size, *(o + self.sizes[u] for u, o in self.held.items()), *(o - size for o in self.held.values())}
+        spans = {u: (p.offset, p.offset + self.sizes[u]) for u, p in self.held.items()}
+        offsets = {0, self.room - size, *(end for _, end in spans.values()), *(begin - size for begin, _ in spans.values())}
         for offset in sorted(o for o in offsets if o >= 0 and o + size <= self.room):
-            over = [u for u, o in self.held.items() if o < offset + size and offset < o + self.sizes[u]]
+            over = [u for u, (begin, end) in spans.items() if begin < offset + size and offset < end]
             soonest = min((self._next_use(u, i) for u in over), default=inf)
             if best is None or soonest > best[0]:
                 best = (soonest, offset, over)
@@ -121,12 +192,10 @@ class _Planner:
             return None
         _, offset, over = best
         for other in over:
-            place = self.held.pop(other)
-            self.ghosts.append((place, place + self.sizes[other], self.last.pop(other, START)))
+            del self.held[other]
+            self.ghosts.append((*spans[other], self.last.pop(other, START)))
         after = max((v for begin, end, v in self.ghosts if begin < offset + size and offset < end), default=START)
-        self.held[unit] = offset
-        self.plan.moved += size
-        return Load(unit, offset, after)
+        return offset, after
 
 
 def smallest_room(sizes: Mapping[int, int], visits: Sequence[int], ahead: int = 1) -> int:

@@ -169,16 +169,19 @@ class _Halves:
 
     def footprint(self) -> Footprint:
         ahead, joint = self.ahead, self.joint
-        leaves = {(node, 0): i for i, node in enumerate(ahead.given[joint.weights : joint.weights + joint.leaves])}
-        weights = {(node, 0) for node in ahead.given[: joint.weights]}
+        first = len(joint.weights)
+        leaves = {(node, 0): i for i, node in enumerate(ahead.given[first : first + joint.leaves])}
+        weights = {(node, 0): name for node, name in zip(ahead.given, joint.weights, strict=False)}
         results = ahead.results[: joint.outputs]
         for i, buffer in enumerate(results):
             if buffer is not None:
                 leaves.setdefault(buffer, joint.leaves + i)
         kept: dict[Buffer, int] = {}
-        held, moved, own = [], 0, set()
+        held, moved, own, read = [], 0, set(), set()
         for node in ahead.final[joint.outputs :]:
             buffer, tensor = root(node), tensors(node)[0]
+            if buffer in weights:
+                read.add(weights[buffer])
             if buffer in weights or tensor is None:
                 continue
             if self.threshold is not None and ahead.size(buffer) >= self.threshold:
@@ -191,7 +194,7 @@ class _Halves:
         made = sum(ahead.size(b) for b in {b for b in results if b is not None and b[0] in ahead.reads})
         tangents = [n for n in self.back.given if "tangents" in n.name]
         freed = [(n, 0) for n in self.back.given if n.name in own or n in tangents]
-        gradients = [b for b in self.back.results[: joint.weights] if b is not None]
+        gradients = [b for b in self.back.results[:first] if b is not None]
         return Footprint(
             kept=sum(kept.values()),
             held=tuple(held),
@@ -202,4 +205,5 @@ class _Halves:
             gradients=sum(self.back.size(b) for b in gradients),
             ahead=ahead.work(),
             back=self.back.work(),
+            read=frozenset(read),
         )

@@ -31,6 +31,7 @@ class Footprint:
         backward: the most that the backward pass holds, with what it computes again, above what there is when it begins.
         gradients: of the unit's own parameters.
         ahead, back: the work of either pass.
+        read: names of the weights that the backward pass reads, of a unit that is compiled.
     """
 
     kept: int
@@ -42,6 +43,7 @@ class Footprint:
     gradients: int
     ahead: Work
     back: Work
+    read: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

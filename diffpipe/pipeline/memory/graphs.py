@@ -23,12 +23,13 @@ class Joint:
     Attributes:
         module: the graph.
         outputs: how many of its results are the forward pass's; the rest are gradients.
-        weights, leaves: how many of its inputs are the unit's parameters and buffers, and the tensors that it is called with.
+        weights: names of the unit's parameters and buffers, its first inputs.
+        leaves: how many inputs come next: the tensors that it is called with.
     """
 
     module: fx.GraphModule
     outputs: int
-    weights: int
+    weights: tuple[str, ...]
     leaves: int
 
 
@@ -59,7 +60,7 @@ def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
     traced = aot_function(as_on_cuda(run, fused=False), nop, nop, partition_fn=keep, decompositions=select_decomp_table())
     with fakes.mode, call.precision():
         traced(list(named.values()), inputs)
-    return Joint(*kept[0], len(named), len(inputs))
+    return Joint(*kept[0], tuple(named), len(inputs))
 
 
 def halves(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
@@ -69,7 +70,7 @@ def halves(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
         policy: as ``memory.recompute``.
     """
     # Weights are there anyway: to save them costs nothing.
-    weights = list(range(joint.weights))
+    weights = list(range(len(joint.weights)))
     forward, backward = cut(_again(joint.module), policy, num_fwd_outputs=joint.outputs, static_lifetime_input_indices=weights)
     return forward.graph, backward.graph
 

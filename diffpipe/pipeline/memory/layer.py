@@ -77,7 +77,8 @@ class MemoryLayer:
         if self.homes:
             room = None if self.config.room is None else int(self.config.room * (1 << 20))
             staging = Staging() if self.device.type == "cuda" and not self.pinned else None
-            self.stream = Stream(self.homes, self.device, room, staging, self.streams)
+            told = self.config.compile  # what is computed again otherwise reads all
+            self.stream = Stream(self.homes, self.device, room, staging, self.streams, told)
         self.turns.stream = self.stream
         for number, unit in enumerate(self.units):
             forward = run_by(unit.forward, self.config, number)

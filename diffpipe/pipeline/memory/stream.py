@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,27 +14,33 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.clock import Clock
-from diffpipe.pipeline.memory.arena import START, Load, Plan, make_plan, smallest_room
+from diffpipe.pipeline.memory.arena import START, Load, Place, Plan, Share, Use, make_plan, smallest_room
 from diffpipe.pipeline.memory.ferry import end_of
 from diffpipe.pipeline.memory.host import ALIGNED, HostMemory
 from diffpipe.pipeline.memory.saved import Packer
 from diffpipe.pipeline.memory.staging import Staging
+
+WORTH = 32  # a weight is left out of a copy where it is more than such a part of its unit: each gap makes one copy more
 
 
 @dataclass(frozen=True)
 class Slice:
     """Where a weight lies in its unit's flat buffer."""
 
+    name: str  # in the unit
     owner: nn.Module
     leaf: str
     begin: int
     shape: torch.Size
     dtype: torch.dtype
 
+    @property
+    def end(self) -> int:
+        return self.begin + self.shape.numel() * self.dtype.itemsize
+
     def of(self, flat: Tensor) -> Tensor:
         """The weight as a view of the buffer."""
-        size = self.shape.numel() * self.dtype.itemsize
-        return flat[self.begin : self.begin + size].view(self.dtype).view(self.shape)
+        return flat[self.begin : self.end].view(self.dtype).view(self.shape)
 
 
 class Home:
@@ -54,8 +61,9 @@ class Home:
             for leaf, p in owner._parameters.items():
                 if p is not None and not is_adapter(f"{path}.{leaf}"):
                     begin = -(-begin // ALIGNED) * ALIGNED
-                    self.slices.append(Slice(owner, leaf, begin, p.shape, p.dtype))
-                    begin += p.numel() * p.dtype.itemsize
+                    name = f"{path}.{leaf}" if path else leaf
+                    self.slices.append(Slice(name, owner, leaf, begin, p.shape, p.dtype))
+                    begin = self.slices[-1].end
         self.flat = memory.take(begin)
         for s in self.slices:
             parameter, view = s.owner._parameters[s.leaf], s.of(self.flat)
@@ -81,6 +89,21 @@ class Home:
         for parameter, view in zip(self.parameters(), views, strict=True):
             parameter.data = view
 
+    def spared(self, read: Collection[str]) -> list[tuple[int, int]]:
+        """Where in the buffer those weights lie, large ones alone, that a backward pass does not read: it can do without them.
+
+        Args:
+            read: names of those that it reads.
+        """
+        if self.trained:
+            return []  # they are stepped there
+        worth = self.flat.numel() // WORTH
+        return [(s.begin, s.end) for s in self.slices if s.name not in read and s.end - s.begin > worth]
+
+    def name_at(self, offset: int) -> str:
+        """The weight that a byte of the buffer belongs to."""
+        return self.slices[bisect_right(self.slices, offset, key=lambda s: s.begin) - 1].name
+
     def parameters(self) -> list[nn.Parameter]:
         found = [s.owner._parameters[s.leaf] for s in self.slices]
         return [p for p in found if p is not None]
@@ -99,6 +122,7 @@ class Placed:
 
     def restore(self) -> Tensor:
         """The view, in the place where the unit's weights are now."""
+        self.stream.require(self.unit, self.begin)
         typed = self.stream.typed(self.dtype)
         return typed.as_strided(self.shape, self.stride, (self.stream.bound[self.unit] + self.begin) // self.dtype.itemsize)
 
@@ -115,6 +139,7 @@ class Stream:
         room: bytes of the arena; None takes what holds a unit and the one after it.
         staging: copies from host memory that is not page-locked; None where it is.
         streams: torch's module of the device's streams and events.
+        told: whether autograd is told of all weights that backward passes read, which then come without the others.
 
     Attributes:
         clock: time in which the computation waited for weights.
@@ -127,8 +152,9 @@ class Stream:
         room: int | None = None,
         staging: Staging | None = None,
         streams: Any = None,
+        told: bool = False,
     ) -> None:
-        self.homes, self.device, self.staging = homes, device, staging
+        self.homes, self.device, self.staging, self.told = homes, device, staging, told
         self.streams = streams or torch.get_device_module(device)
         self.sizes = {n: home.size for n, home in homes.items()}
         order = sorted(homes)
@@ -137,15 +163,17 @@ class Stream:
         self.views: dict[tuple[int, int], list[Tensor]] = {}  # of a unit's weights at an offset; made anew they would cost more than a copy
         self.types: dict[torch.dtype, Tensor] = {}
         self.copies, self.out = self.streams.Stream(device), self.streams.Stream(device)
-        self.known: dict[Any, tuple[int, ...]] = {}
+        self.known: dict[Any, tuple[Use, ...]] = {}
         self.plans: dict[Any, Plan] = {}
-        self.resident: dict[int, int] = {}
+        self.read: dict[int, set[str]] = {}  # by unit, weights that autograd has saved of it
+        self.spared: dict[int, list[tuple[int, int]]] = {}  # by unit, what its backward pass does without
+        self.resident: dict[int, Place] = {}
         self.bound: dict[int, int] = {}
         self.ready: dict[int, Any] = {}  # by unit, the event of its last copy
         self.done: dict[int, Any] = {}  # by visit, the event of its end
         self.key: Any = None
         self.plan: Plan | None = None
-        self.trace: list[int] = []
+        self.trace: list[Use] = []
         self.inside: int | None = None
         self.written: dict[int, Any] = {}  # by unit, the event of its stepped weights' copy to their home
         self.moved = 0
@@ -159,6 +187,8 @@ class Stream:
         """
         self.end()
         self.key, self.trace, self.inside = key, [], None
+        if self.told:
+            self.spare(self.read)
         visits = self.known.get(key)
         self.plan = self._planned(visits) if visits else None
         self.done = {}
@@ -169,27 +199,53 @@ class Stream:
         if self.key is None:
             return
         self.leave()
-        if self.plan is not None and tuple(self.trace) == self.plan.visits:
+        if self.plan is not None and len(self.trace) == len(self.plan.visits):
             self.resident = dict(self.plan.resident)
         self.known[self.key] = tuple(self.trace)
         self.key = None
 
-    def enter(self, unit: int) -> None:
-        """Have a unit's weights on the device for what is queued from here on."""
+    def enter(self, unit: int, back: bool = False) -> None:
+        """Have a unit's weights on the device for what is queued from here on.
+
+        Args:
+            back: its backward pass; else any.
+        """
+        if self.inside == unit:
+            if not back:
+                self._complete()
+            return
         self.leave()
         visit = len(self.trace)
-        if self.plan is not None and (visit >= len(self.plan.visits) or self.plan.visits[visit] != unit):
+        if self.plan is not None and (visit >= len(self.plan.visits) or self.plan.visits[visit].unit != unit):
             self._forget()
-        self.trace.append(unit)
         self.inside = unit
         self.clock.start()
         if self.plan is None:
+            self.trace.append(Use(unit, back))
             self._bring(unit)
         else:
             for load in self.plan.before[visit]:
                 self._copy(load)
+            self.trace.append(self.plan.visits[visit])
             self._use(unit, self.plan.places[visit])
+            if not back:
+                self._complete()
         self.clock.stop()
+
+    def require(self, unit: int, offset: int) -> None:
+        """The backward pass that is run reads the weight at an offset in its unit; it is there but where an earlier one read it not."""
+        if unit == self.inside and any(begin <= offset < end for begin, end in self.spared.get(unit, ())):
+            self._complete()
+
+    def _complete(self) -> None:
+        """Have all weights of the unit that is visited on the device, should they not have been foreseen."""
+        unit = self.trace[-1].unit
+        if not self.trace[-1].back:
+            return
+        self.trace[-1] = Use(unit)
+        if self.plan is not None and unit in self.spared:
+            self._copy(Load(unit, self.bound[unit], START, Share.REST))
+            self._use(unit, self.bound[unit])
 
     def leave(self, changed: bool = False) -> None:
         """The work of the unit that was entered last is queued.
@@ -236,6 +292,7 @@ class Stream:
             if self.inside is None or not start <= tensor.data_ptr() < end:
                 return None
             begin = tensor.data_ptr() - start - self.bound[self.inside]
+            self.read.setdefault(self.inside, set()).add(self.homes[self.inside].name_at(begin))
             return Placed(self, self.inside, begin, tensor.shape, tensor.stride(), tensor.dtype)
 
         return pack
@@ -246,11 +303,27 @@ class Stream:
             self.types[dtype] = self.arena[: self.arena.numel() // ALIGNED * ALIGNED].view(dtype)
         return self.types[dtype]
 
-    def _planned(self, visits: tuple[int, ...]) -> Plan:
-        signature = (visits, tuple(sorted(self.resident.items())))
+    def _planned(self, visits: tuple[Use, ...]) -> Plan:
+        parts = self.parts()
+        signature = (visits, tuple(sorted(self.resident.items())), tuple(sorted(parts.items())))
         if signature not in self.plans:
-            self.plans[signature] = make_plan(visits, self.sizes, self.arena.numel(), self.resident)
+            self.plans[signature] = make_plan(visits, self.sizes, self.arena.numel(), self.resident, parts)
         return self.plans[signature]
+
+    def parts(self) -> dict[int, int]:
+        """Bytes that backward passes read, of those units of which they do not read all."""
+        return {unit: self.sizes[unit] - sum(end - begin for begin, end in spared) for unit, spared in self.spared.items()}
+
+    def spare(self, read: Mapping[int, Collection[str]]) -> None:
+        """Do without the other weights in backward passes; what lies in the arena without others by now is not used again.
+
+        Args:
+            read: by unit, names of those that its backward pass reads.
+        """
+        found = {unit: spared for unit, names in read.items() if (spared := self.homes[unit].spared(names))}
+        if found != self.spared:
+            self.resident = {unit: place for unit, place in self.resident.items() if place.whole}
+            self.spared = found
 
     def _forget(self) -> None:
         """Go on without a plan: nothing in the arena is where it was foreseen."""
@@ -263,25 +336,37 @@ class Stream:
 
     def _bring(self, unit: int) -> None:
         """Copy a unit to the beginning of the arena once everything queued is done with it."""
-        if self.resident != {unit: 0}:
+        if self.resident != {unit: Place(0)}:
             self._start()
             self._copy(Load(unit, 0, START))
-            self.resident = {unit: 0}
+            self.resident = {unit: Place(0)}
         self._use(unit, 0)
 
     def _copy(self, load: Load) -> None:
         home = self.homes[load.unit]
         place = self.arena[load.offset : load.offset + home.flat.numel()]
-        self.moved += home.flat.numel()
         with self.streams.stream(self.copies):
             self.copies.wait_event(self.done[load.after])
             if load.unit in self.written:
                 self.copies.wait_event(self.written[load.unit])
-            if self.staging is None:
-                place.copy_(home.flat, non_blocking=True)
-            else:
-                self.staging.copy(home.flat, place, self.copies)
+            for begin, end in self._spans(load):
+                self.moved += end - begin
+                if self.staging is None:
+                    place[begin:end].copy_(home.flat[begin:end], non_blocking=True)
+                else:
+                    self.staging.copy(home.flat[begin:end], place[begin:end], self.copies)
             self.ready[load.unit] = self._event(self.copies)
+
+    def _spans(self, load: Load) -> list[tuple[int, int]]:
+        """From where to where in the unit's buffer a load copies."""
+        whole = self.homes[load.unit].flat.numel()
+        if load.share is Share.WHOLE:
+            return [(0, whole)]
+        spared = self.spared[load.unit]
+        if load.share is Share.REST:
+            return spared
+        edges = [0, *(edge for span in spared for edge in span), whole]
+        return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
     def _use(self, unit: int, offset: int) -> None:
         # It may have stayed in the arena since it last changed: that must be home before it changes again.

@@ -19,6 +19,7 @@ from diffpipe.pipeline.memory.recompute import LONG, is_attention
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
 CONVERT = torch.ops.prims.convert_element_type.default
 WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes its result to memory
+THIN = 16  # how many times smaller than its weight the rest of a product is whose result is kept
 SLACK = 1.1  # what may pass at a narrow point, in parts of what the unit gives: the main stream of activations and little else
 
 
@@ -109,11 +110,12 @@ def tag(graph: fx.Graph, policy: str) -> None:
     """Mark each result of the forward pass: kept for the backward pass, or computed again.
 
     Args:
-        policy: "block" keeps only what goes in; "selective" keeps the results of long attention too; "parts" keeps also what passes
-            at the narrowest point before the widest layer, so that what comes before and after it is not there at once.
+        policy: "block" keeps only what goes in, and products of a few rows (of a modulation), which are less than what would have to be
+            read again; "selective" keeps the results of long attention too; "parts" keeps also what passes at the narrowest point before
+            the widest layer, so that what comes before and after it is not there at once.
     """
     ahead = _forward(graph)
-    kept = {root(n)[0] for n in ahead if policy != "block" and _is_costly(n)}
+    kept = {root(n)[0] for n in ahead if _is_thin(n) or (policy != "block" and _is_costly(n))}
     if policy == "parts":
         kept |= _narrowest(graph, ahead)
     for node in ahead:
@@ -172,6 +174,13 @@ def _is_costly(node: fx.Node) -> bool:
     return keys is not None and keys.shape[-2] >= LONG
 
 
+def _is_thin(node: fx.Node) -> bool:
+    """Whether it is a product with a weight beside which all else of it, the result too, is small."""
+    weight = _weight(node)
+    rest = [n for n in node.all_input_nodes if n is not weight]
+    return weight is not None and bool(rest) and THIN * sum(map(_width, [node, *rest])) <= _width(weight)
+
+
 def _narrowest(graph: fx.Graph, ahead: list[fx.Node]) -> set[fx.Node]:
     """What passes from the operations before the widest one to those after it, at the last point before it where that is little."""
     inside = set(ahead)
@@ -204,12 +213,18 @@ def _widest(order: list[fx.Node]) -> int:
     """The place of the widest layer: products with one weight, of parts of the tokens each, are one layer."""
     layers: dict[Buffer, tuple[int, int]] = {}  # by what tells layers apart: where it begins, and its width
     for i, node in enumerate(order):
-        place = 2 if node.target is torch.ops.aten.addmm.default else 1  # of the weight, where it is a product
-        weight = node.args[place] if _is_heavy(node) and len(node.args) > place else None
-        key = root(weight) if isinstance(weight, fx.Node) else (node, 0)
+        weight = _weight(node)
+        key = (node, 0) if weight is None else root(weight)
         begins, width = layers.get(key, (i, 0))
         layers[key] = begins, width + _width(node)
     return min(layers.values(), key=lambda found: (-found[1], found[0]), default=(0, 0))[0]
+
+
+def _weight(node: fx.Node) -> fx.Node | None:
+    """What a heavy operation, taken for a product of rows with a weight, has in the weight's place."""
+    place = 2 if node.target is torch.ops.aten.addmm.default else 1
+    weight = node.args[place] if _is_heavy(node) and len(node.args) > place else None
+    return weight if isinstance(weight, fx.Node) else None
 
 
 def _bytes(node: fx.Node) -> int:

@@ -35,8 +35,8 @@ class Turns:
         if self.inside != unit:
             self.leave()
             self.inside, self.backward = unit, False
-            if self.stream is not None and unit in self.stream.homes:
-                self.stream.enter(unit)
+        if self.stream is not None and unit in self.stream.homes:
+            self.stream.enter(unit, backward)
         if backward:
             self.backward = True
             if self.release is not None:
