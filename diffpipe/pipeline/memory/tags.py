@@ -19,7 +19,7 @@ from diffpipe.pipeline.memory.recompute import LONG, is_attention
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
 CONVERT = torch.ops.prims.convert_element_type.default
 WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes its result to memory
-THIN = 16  # how many times smaller than its weight the rest of a product is whose result is kept
+THIN = 64  # how many times smaller than its weight both rows and result of a product are, for the result to be kept
 SLACK = 1.1  # what may pass at a narrow point, in parts of what the unit gives: the main stream of activations and little else
 
 
@@ -175,10 +175,12 @@ def _is_costly(node: fx.Node) -> bool:
 
 
 def _is_thin(node: fx.Node) -> bool:
-    """Whether it is a product with a weight beside which all else of it, the result too, is small."""
+    """Whether it is a product with a weight beside which its rows and its result are small."""
     weight = _weight(node)
-    rest = [n for n in node.all_input_nodes if n is not weight]
-    return weight is not None and bool(rest) and THIN * sum(map(_width, [node, *rest])) <= _width(weight)
+    if weight is None:
+        return False
+    rows = node.args[node.args.index(weight) - 1]
+    return isinstance(rows, fx.Node) and THIN * max(_width(node), _width(rows)) <= _width(weight)
 
 
 def _narrowest(graph: fx.Graph, ahead: list[fx.Node]) -> set[fx.Node]:
