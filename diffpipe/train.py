@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from diffpipe.checkpoint import Checkpoints, load, read_state
 from diffpipe.config.schema import Config, MemoryConfig
+from diffpipe.data.buckets import Bucket
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
 from diffpipe.data.feed import Feed
@@ -96,7 +97,7 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         check_attention(config.model.attention, mesh.device)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         asked = mesh.decide(lambda: read_prompts(config, model))
-        outlook = Outlook(config, model, mesh)
+        outlook = Outlook(config, model, mesh, asked)
         startup.lap("plan")
         samples, held_out = open_data(config, model, mesh, sinks, outlook=outlook, lap=startup.lap)
         prompts = open_prompts(config, model, mesh, sinks, asked)
@@ -182,6 +183,13 @@ def open_data(
         outlook: settled by the buckets that train, before anything is encoded.
         lap: told the name of each phase when it is over.
     """
+
+    def settle(buckets: Collection[Bucket]) -> None:
+        assert outlook is not None
+        outlook.settle(buckets)
+        for warning in outlook.warnings:
+            sinks.warn(warning)
+
     opened: list[Samples] = []
     for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
         samples, report = prepare_data(
@@ -195,7 +203,7 @@ def open_data(
             progress=sinks.progress,
             again=again,
             lap=lap,
-            **({"fits": outlook.settle} if outlook is not None and name == "train" else {}),
+            **({"fits": settle} if outlook is not None and name == "train" else {}),
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")
@@ -251,7 +259,8 @@ class Trainer:
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
         self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
         self.watch = Watch(mesh, config.mesh.timeout, tell)
-        self.previews = Previews(config.preview, model, pipeline, prompts, sinks, self.watch) if len(prompts) else None
+        halved = forecast.halved if forecast is not None else 0
+        self.previews = Previews(config.preview, model, pipeline, prompts, sinks, self.watch, halved) if len(prompts) else None
         self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
         self.evaluation = Evaluation(config, mesh, model, held_out, pipeline, sinks, self.watch, self._explained)

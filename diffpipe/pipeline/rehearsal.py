@@ -168,7 +168,7 @@ class Rehearsal:
 
     @torch.no_grad()
     def prediction(self, microbatches: Sequence[dict[str, Any]], memory: MemoryConfig) -> Moment:
-        """What is held beside weights when ``Pipeline.predict`` of these inputs holds most; the inputs themselves are left to the caller."""
+        """What ``Pipeline.predict`` of these inputs holds at most beside weights; the inputs themselves are left to the caller."""
         self.holder.eval()
         timeline = self._passed(microbatches[0], [])
         self.holder.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -71,10 +72,10 @@ def _remembered(forward: Callable[..., Any], ledger: Ledger) -> Callable[..., An
             return out
         taken, made = known[kind]
         ledger.peak = max(highest, ledger.live + taken)
-        out, left = _like(made)
+        out, left = made
         for mine, then in zip(lists, left, strict=True):
-            mine[:] = then
-        return out
+            mine[:] = [old if _kind(old) == _kind(new) else _like(new) for old, new in zip_longest(mine[: len(then)], then)]
+        return _like(out)
 
     return remembering
 
