@@ -172,14 +172,14 @@ class Forecast:
         step = self.rehearsal.estimate(self.dearest, memory)
         lasting = self.rehearsal.between_steps(step, memory)
         sampling = self._sampling(prompt, step, lasting)
+        if self.config.mesh.shard > 1 and self.free is not None and sampling.peak * (1 - ERROR) > self.free:
+            raise preview_does_not_fit(number, f"sampling {prompt.bucket} on stage {self.stage}", sampling, self.free, FREE)
         vae, decoding = self._decoding(prompt.bucket, step, lasting) if decodes else (None, None)
         faults = [
             preview_does_not_fit(number, f"{doing} {prompt.bucket} on stage {self.stage}", held, *self.limit)
             for doing, held in (("sampling", sampling), ("decoding", decoding))
             if held is not None and self.limit is not None and held.peak * (1 - ERROR) > self.limit[0]
         ]
-        if self.config.mesh.shard > 1 and self.free is not None and sampling.peak * (1 - ERROR) > self.free:
-            raise preview_does_not_fit(number, f"sampling {prompt.bucket} on stage {self.stage}", sampling, self.free, FREE)
         self.previews = Foresight(prompt.bucket, sampling, decoding, vae, tuple(faults))
 
     def _sampling(self, prompt: Prompt, step: Estimate, lasting: Mapping[str, int]) -> Held:

@@ -79,7 +79,7 @@ def first_pass(joint: Joint) -> fx.Graph:
     graph = fx.Graph()
     results = tree_leaves(graph.graph_copy(joint.module.graph, {}))
     graph.output(results[: joint.outputs])
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # torch keeps what might draw random numbers
     return graph
 
 
