@@ -65,7 +65,7 @@ class Outlook:
         self.forecast.settle(buckets)
         self.config = self.forecast.config
         if self.prompts:
-            self.forecast.foresee(self.prompts, decodes=self.mesh.stage == self.mesh.stages - 1)
+            self.forecast.foresee(self.prompts, decodes=self.mesh.reporter)
         self.lines += self.forecast.lines()
 
     def _placed(self, buckets: Sequence[Dims]) -> Placement:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -183,13 +184,6 @@ def open_data(
         outlook: settled by the buckets that train, before anything is encoded.
         lap: told the name of each phase when it is over.
     """
-
-    def settle(buckets: Collection[Bucket]) -> None:
-        assert outlook is not None
-        outlook.settle(buckets)
-        for warning in outlook.warnings:
-            sinks.warn(warning)
-
     opened: list[Samples] = []
     for name, folders in [("train", config.data.folders), *((s.name, s.folders) for s in config.eval.sets)]:
         samples, report = prepare_data(
@@ -203,12 +197,18 @@ def open_data(
             progress=sinks.progress,
             again=again,
             lap=lap,
-            **({"fits": settle} if outlook is not None and name == "train" else {}),
+            **({"fits": partial(_settle, outlook, sinks)} if outlook is not None and name == "train" else {}),
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")
         opened.append(samples)
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
+
+
+def _settle(outlook: Outlook, sinks: Sinks, buckets: Collection[Bucket]) -> None:
+    outlook.settle(buckets)
+    for warning in outlook.warnings:
+        sinks.warn(warning)
 
 
 class Trainer:
