@@ -12,7 +12,7 @@ from diffpipe.config.schema import Config
 from diffpipe.errors import ShortageError, causes
 from diffpipe.metrics import GIB
 
-SMALLER_PREVIEWS = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")
+SMALLER_PREVIEWS = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")  # what makes them fit
 
 
 @contextmanager
