@@ -79,6 +79,7 @@ def lines(stage: StagePlan) -> Iterator[str]:
     if estimate.homes:
         yield f"  weights in host memory: {_gib(estimate.homes)}"
     yield from (f"  {reason}" for reason in stage.reasons)
+    yield from (f"  warning: {warning}" for warning in stage.warnings)
 
 
 def table(stage: StagePlan):

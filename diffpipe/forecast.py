@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
 from math import inf
 
 import psutil
@@ -12,17 +14,58 @@ import torch
 
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.data.buckets import Bucket
+from diffpipe.errors import DiffpipeError
 from diffpipe.metrics import amount
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.cards import Card, find_card
-from diffpipe.pipeline.memory.estimate import Estimate
-from diffpipe.pipeline.memory.planner import choose, does_not_fit, exhausted, is_open, least, lower, too_much_for_the_host
+from diffpipe.pipeline.memory.decoding import Decoding, measure_decoding
+from diffpipe.pipeline.memory.estimate import Estimate, Held
+from diffpipe.pipeline.memory.planner import (
+    choose,
+    does_not_fit,
+    exhausted,
+    is_open,
+    least,
+    lower,
+    preview_does_not_fit,
+    too_much_for_the_host,
+)
 from diffpipe.pipeline.mesh import Mesh
-from diffpipe.pipeline.rehearsal import Rehearsal, largest
+from diffpipe.pipeline.rehearsal import Dims, Rehearsal, largest
+from diffpipe.prompts import Prompt
+from diffpipe.sampling import first_asked
 
 ERROR = 0.1  # part by which a prediction may be off: what is not chosen is refused only beyond it
 MARGIN = 0.05  # part of the free memory that is left when settings are chosen to fill it
+FREE = "what is free on the device"
 SETTLED = 3  # the step of a bucket whose peak is told: optimizer state is there by then, and blocks are compiled
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What the previews that take most hold on one stage.
+
+    Attributes:
+        bucket: of the prompt with most cells.
+        sampling: at most while it is sampled, its guidance branches going through the stages.
+        decoding: while the VAE decodes it; None on a stage that does not.
+        vae: how the VAE goes about it.
+        faults: why previews may be left out.
+    """
+
+    bucket: Bucket
+    sampling: Held
+    decoding: Held | None
+    vae: Decoding | None
+    faults: tuple[DiffpipeError, ...]
+
+    def line(self) -> str:
+        """What is held, with the part that is largest, for a person."""
+        told = [("sampling", self.sampling)]
+        if self.decoding is not None and self.vae is not None:
+            told.append((f"decoding in tiles of {self.vae.tile} pixels" if self.vae.tile else "decoding", self.decoding))
+        each = (f"{what} {amount(held.peak)} (most of it {held.most}, {amount(held.parts[held.most])})" for what, held in told)
+        return f"previews of {self.bucket}: {', '.join(each)}"
 
 
 class Forecast:
@@ -35,12 +78,15 @@ class Forecast:
     Attributes:
         config: the run's, with its memory section settled by ``settle``.
         reasons: by key of that section, why it is as it is, where it was chosen.
+        previews: what they will hold, once ``foresee`` was asked.
     """
 
     def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card, free: int | None, host: float = inf) -> None:
         self.config, self.stage, self.free, self.host = config, stage, free, host
-        self.rehearsal = Rehearsal(config, model, stage, card)
+        self.model, self.rehearsal = model, Rehearsal(config, model, stage, card)
         self.reasons: dict[str, str] = {}
+        self.dearest: Dims | None = None  # of the buckets that were settled for
+        self.previews: Foresight | None = None
 
     @property
     def limit(self) -> tuple[int, str] | None:
@@ -53,8 +99,8 @@ class Forecast:
         if self.free is None:
             return None
         if is_open(memory):
-            return int(self.free * (1 - MARGIN)), f"what is free on the device less {MARGIN:.0%}"
-        return self.free, "what is free on the device"
+            return int(self.free * (1 - MARGIN)), f"{FREE} less {MARGIN:.0%}"
+        return self.free, FREE
 
     @property
     def host_limit(self) -> tuple[float, str]:
@@ -69,11 +115,11 @@ class Forecast:
         Raises:
             DiffpipeError: when that bucket cannot fit.
         """
+        self.dearest = dearest = largest([dims(b) for b in buckets])
         if self.limit is None:
             return
         limit, whose = self.limit
         host, whose_host = self.host_limit
-        dearest = largest([dims(b) for b in buckets])
         where, judge = f"bucket {Bucket(*dearest)} on stage {self.stage}", self._judge(dearest)
         if not is_open(self.config.memory):
             estimate = judge(self.config.memory)
@@ -106,10 +152,71 @@ class Forecast:
         """The estimate of a bucket's steps."""
         return self.rehearsal.estimate(dims(bucket), self.config.memory)
 
+    def foresee(self, prompts: Sequence[Prompt], decodes: bool) -> None:
+        """Find what previews will hold, with the settings that were settled for training: these stay as they are.
+
+        The VAE takes the largest tiles that fit.
+
+        Args:
+            prompts: one at least.
+            decodes: whether this stage does.
+
+        Raises:
+            DiffpipeError: when what is free does not do for them and the run would end there: where ranks share weights, a sample
+                cannot be left out by one of them.
+        """
+        assert self.dearest is not None
+        sizes = [dims(prompt.bucket) for prompt in prompts]
+        number = sizes.index(largest(sizes))
+        prompt, memory = prompts[number], self.config.memory
+        step = self.rehearsal.estimate(self.dearest, memory)
+        lasting = self.rehearsal.between_steps(step, memory)
+        sampling = self._sampling(prompt, step, lasting)
+        if self.config.mesh.shard > 1 and self.free is not None and sampling.peak * (1 - ERROR) > self.free:
+            raise preview_does_not_fit(number, f"sampling {prompt.bucket} on stage {self.stage}", sampling, self.free, FREE)
+        vae, decoding = self._decoding(prompt.bucket, step, lasting) if decodes else (None, None)
+        faults = [
+            preview_does_not_fit(number, f"{doing} {prompt.bucket} on stage {self.stage}", held, *self.limit)
+            for doing, held in (("sampling", sampling), ("decoding", decoding))
+            if held is not None and self.limit is not None and held.peak * (1 - ERROR) > self.limit[0]
+        ]
+        self.previews = Foresight(prompt.bucket, sampling, decoding, vae, tuple(faults))
+
+    def _sampling(self, prompt: Prompt, step: Estimate, lasting: Mapping[str, int]) -> Held:
+        asked = first_asked(self.model, prompt.blank(self.model), self.config.preview)
+        moment = self.rehearsal.prediction(asked.microbatches, self.config.memory)
+        workspace = moment.whole + step.library
+        return Held({**lasting, "gathered weights": step.gathered, "workspace": workspace, "latents and embeddings": asked.bytes})
+
+    def _decoding(self, bucket: Bucket, step: Estimate, lasting: Mapping[str, int]) -> tuple[Decoding, Held]:
+        """In the largest tiles that fit beside what stays on the device; where none do, in the smallest."""
+        found: tuple[Decoding, Held] | None = None
+        for halved in count():
+            vae = measure_decoding(self.model, *dims(bucket), halved)
+            if vae is None:
+                break
+            found = vae, Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken, "workspace": step.library})
+            if self.limit is None or found[1].peak <= self.limit[0]:
+                break
+        assert found is not None  # as they are, tiles can always be taken
+        return found
+
     def lines(self) -> Iterator[str]:
-        """What was chosen and why, for a person."""
+        """What was chosen and why, and what previews will hold, for a person."""
         for key, reason in self.reasons.items():
             yield f"memory.{key}: {str(getattr(self.config.memory, key)).lower()} ({reason})"
+        if self.previews is not None:
+            yield self.previews.line()
+
+    @property
+    def halved(self) -> int:
+        """How often the sides of the VAE's tiles are halved, so that it fits beside what stays on the device."""
+        return self.previews.vae.halved if self.previews is not None and self.previews.vae is not None else 0
+
+    def warnings(self) -> Iterator[str]:
+        """What a run will not do for want of memory, though it can train."""
+        for fault in self.previews.faults if self.previews is not None else ():
+            yield f"a preview for which memory runs out is left out: {fault}"
 
     def _judge(self, bucket: tuple[int, int, int]) -> Callable[[MemoryConfig], Estimate]:
         return lambda memory: self.rehearsal.estimate(bucket, memory)

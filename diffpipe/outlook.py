@@ -20,6 +20,7 @@ from diffpipe.pipeline.memory.cards import Card, find_card
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.placement import Placement, Placer, whole
 from diffpipe.pipeline.rehearsal import Dims
+from diffpipe.prompts import Prompt
 
 
 class Outlook:
@@ -29,28 +30,43 @@ class Outlook:
         config: the run's, with mesh and memory sections settled by ``settle``.
         forecast: of this rank's stage, None where nothing limits it.
         lines: what was chosen, why, and what is foreseen, for a person.
+        warnings: of all ranks.
+
+    Args:
+        prompts: of the previews.
     """
 
-    def __init__(self, config: Config, model: DiffusionModel, mesh: Mesh) -> None:
-        self.config, self.model, self.mesh = config, model, mesh
+    def __init__(self, config: Config, model: DiffusionModel, mesh: Mesh, prompts: Sequence[Prompt] = ()) -> None:
+        self.config, self.model, self.mesh, self.prompts = config, model, mesh, prompts
         self.forecast: Forecast | None = None
         self.lines: list[str] = []
+        self.warnings: list[str] = []
 
     def settle(self, buckets: Collection[Bucket]) -> None:
         """Choose for these buckets; every rank calls this.
 
         Raises:
-            DiffpipeError: when the model cannot be cut so, or a bucket cannot fit.
+            DiffpipeError: when the model cannot be cut so, or a bucket cannot fit, or a preview that would end the run.
         """
         if self.mesh.stages > 1:
             placement = self._placed([dims(b) for b in buckets])
             self.config = self.config.model_copy(update={"mesh": placement.mesh})
             self.lines += placement.lines()
+        try:
+            self._foresee(buckets)
+        finally:  # on every rank, also where others go on
+            told = self.mesh.exchange(list(self.forecast.warnings()) if self.forecast is not None else [])
+            self.warnings = list(dict.fromkeys(warning for each in told for warning in each))
+
+    def _foresee(self, buckets: Collection[Bucket]) -> None:
         self.forecast = open_forecast(self.config, self.model, self.mesh)
-        if self.forecast is not None:
-            self.forecast.settle(buckets)
-            self.config = self.forecast.config
-            self.lines += self.forecast.lines()
+        if self.forecast is None:
+            return
+        self.forecast.settle(buckets)
+        self.config = self.forecast.config
+        if self.prompts:
+            self.forecast.foresee(self.prompts, decodes=self.mesh.reporter)
+        self.lines += self.forecast.lines()
 
     def _placed(self, buckets: Sequence[Dims]) -> Placement:
         config, mesh, card = self.config, self.mesh, find_card(None, self.mesh.device)

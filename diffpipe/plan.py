@@ -26,6 +26,7 @@ from diffpipe.pipeline.placement import Placer, whole
 from diffpipe.pipeline.rehearsal import largest
 from diffpipe.pipeline.simulate import Course
 from diffpipe.pipeline.split import stage_bytes
+from diffpipe.prompts import read_prompts
 from diffpipe.toy import materialize
 
 
@@ -37,13 +38,15 @@ class StagePlan:
         spans: paths of the first and the last unit of each.
         count: of units.
         share: of the model's weights.
-        reasons: by key of the memory section, where it was chosen.
+        reasons: by key of the memory section, where it was chosen; and what previews hold.
+        warnings: what a run will not do for want of memory, though it can train.
     """
 
     spans: tuple[tuple[str, str], ...]
     count: int
     share: float
     reasons: tuple[str, ...]
+    warnings: tuple[str, ...]
     buckets: dict[Bucket, Estimate]
 
 
@@ -78,6 +81,7 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
         check_formats(config, model)
     check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
     chosen = find_card(card, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    prompts = read_prompts(config, model)
     buckets, scanned = buckets_of(config, model)
     placed: tuple[str, ...] = ()
     if config.mesh.stages > 1:
@@ -91,6 +95,8 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
     for number in range(config.mesh.stages):
         forecast = Forecast(config, model, number, chosen, chosen.memory)
         forecast.settle(buckets)
+        if prompts:
+            forecast.foresee(prompts, decodes=number == config.mesh.stages - 1)
         held = spans[number :: config.mesh.stages]
         stages.append(
             StagePlan(
@@ -98,6 +104,7 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
                 count=sum(stop - start for start, stop in held),
                 share=sum(sum(sizes[start:stop]) for start, stop in held) / sum(sizes),
                 reasons=tuple(forecast.lines()),
+                warnings=tuple(forecast.warnings()),
                 buckets={bucket: forecast.of(bucket) for bucket in buckets},
             )
         )

@@ -17,14 +17,12 @@ from diffpipe.errors import DiffpipeError, ShortageError
 from diffpipe.metrics import PreviewRecord, Progress, Sinks
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.encoders import Encoders, halve_tiles
-from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.memory.shortage import SMALLER_PREVIEWS, explained
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.watch import Watch
 from diffpipe.prompts import Prompt, Prompts
 from diffpipe.sampling import Interrupted, Sampler
-
-FIXES = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")
 
 
 def open_prompts(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, entries: Sequence[Prompt]) -> Prompts:
@@ -49,6 +47,7 @@ class Previews:
 
     Args:
         watch: is told that ranks get on.
+        halved: how often the sides of the VAE's tiles are halved from the start, so that it fits.
     """
 
     def __init__(
@@ -59,10 +58,11 @@ class Previews:
         prompts: Prompts,
         sinks: Sinks,
         watch: Watch,
+        halved: int = 0,
     ) -> None:
         self.config, self.model, self.mesh, self.prompts, self.sinks, self.watch = config, model, pipeline.mesh, prompts, sinks, watch
         self.sampler = Sampler(model, pipeline, watch.tick)
-        self.left_out = 0
+        self.halved, self.left_out = halved, 0
 
     def make(self, step: int, folder: Path, stop: Callable[[], bool] = lambda: False) -> list[DiffpipeError]:
         """Write a file for each prompt into ``folder``; all ranks call it.
@@ -101,7 +101,7 @@ class Previews:
             prompt = self.prompts[number]
             self.sinks.progress(Progress("preview", done, len(own)))
             try:
-                with explained(f"preview {number}, {prompt.bucket}, on stage {mesh.stage}", mesh.device, FIXES):
+                with explained(f"preview {number}, {prompt.bucket}, on stage {mesh.stage}", mesh.device, SMALLER_PREVIEWS):
                     latents = self.sampler.sample(self.prompts.conditions(number), self.config, stop)
             except Interrupted:
                 break
@@ -148,14 +148,17 @@ class Previews:
         return count, faults
 
     def _decoder(self) -> Encoders:
-        with explained("loading the VAE for previews", self.mesh.device, FIXES):
-            return self.model.load_decoder(self.mesh.device)
+        with explained("loading the VAE for previews", self.mesh.device, SMALLER_PREVIEWS):
+            decoder = self.model.load_decoder(self.mesh.device)
+        for _ in range(self.halved):
+            halve_tiles(decoder.vae)
+        return decoder
 
     def _decoded(self, latents: Tensor, decoder: Encoders, doing: str) -> Tensor:
         """Pixels; in smaller tiles, from then on, where there is no memory for larger ones."""
         while True:
             try:
-                with explained(doing, self.mesh.device, FIXES), torch.inference_mode():
+                with explained(doing, self.mesh.device, SMALLER_PREVIEWS), torch.inference_mode():
                     return self.model.decode_media(decoder, latents)
             except ShortageError:
                 if not halve_tiles(decoder.vae):

@@ -59,6 +59,12 @@ class Prompt:
             {} if self.image_key is None else cache[self.image_key],
         )
 
+    def blank(self, model: DiffusionModel) -> Conditions:
+        """Zeros in their place, texts as long as they are kept: known before anything is encoded."""
+        dims = (self.bucket.frames, self.bucket.height, self.bucket.width)
+        negative = None if self.negative_key is None else model.blank_text()
+        return Conditions(self.seed, *dims, model.blank_text(), negative, model.blank_media(*dims) if model.takes_image else {})
+
 
 class Prompts:
     """All prompts of a run, in order, and the cache that holds what they are sampled from."""

@@ -15,10 +15,10 @@ from diffpipe.metrics import Progress, Sink, Sinks
 from diffpipe.models import make_model
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.planner import is_open
-from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.memory.shortage import SMALLER_PREVIEWS, explained
 from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.watch import Watch
-from diffpipe.previews import FIXES, Previews, open_prompts
+from diffpipe.previews import Previews, open_prompts
 from diffpipe.prompts import read_prompts
 from diffpipe.run import checkpoint_of, config_file
 
@@ -75,7 +75,7 @@ def sample_run(
             if is_open(config.memory) and (forecast := open_forecast(config, model, mesh)) is not None:
                 forecast.settle({entry.bucket for entry in entries})
                 config = forecast.config
-            with explained(f"the weights of stage {mesh.stage}", mesh.device, FIXES):
+            with explained(f"the weights of stage {mesh.stage}", mesh.device, SMALLER_PREVIEWS):
                 pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
             load_weights(checkpoint, pipeline.module)
             with Watch(mesh, config.mesh.timeout, tell) as watch:

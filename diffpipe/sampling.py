@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from diffpipe.config.schema import PreviewConfig
 from diffpipe.models.base import DiffusionModel
+from diffpipe.pipeline.memory.ledger import Ledger
 from diffpipe.pipeline.schedule import Pipeline
 
 Tensors = Mapping[str, Tensor]
@@ -69,34 +71,24 @@ class Denoiser(nn.Module):
         return (self.predict(own),)
 
 
-class Sampler:
-    """Samples latents with the weights as they are, one guidance branch at a time; every stage of a pipeline runs the same loop.
+class Loop:
+    """From noise to latents as the released pipeline goes, by its own loop, scheduler and guidance: only its denoiser is another.
 
-    The released pipeline's own loop, scheduler and guidance: only its denoiser is another. Nothing of it is in memory but latents.
+    Nothing of the pipeline is in memory but latents and embeddings.
 
     Args:
-        tick: called behind each prediction.
+        predict: takes the inputs of ``forward`` for one call that the loop makes of its denoiser, one guidance branch a time; gives what
+            the model makes of them along the first dim.
     """
 
-    def __init__(self, model: DiffusionModel, pipeline: Pipeline, tick: Callable[[], None] = lambda: None) -> None:
-        self.model, self.pipeline, self.tick = model, pipeline, tick
-        self.device = pipeline.mesh.device
-        self.loop = model.make_sampler(Denoiser(model.released_denoiser(), self.device, self._predict))
-        # Of the last sample.
-        self.shown: Tensors = {}
-        self.stop: Callable[[], bool] = lambda: False
+    def __init__(self, model: DiffusionModel, device: torch.device, predict: Callable[[list[dict[str, Any]]], Tensor]) -> None:
+        self.model, self.device, self.predict = model, device, predict
+        self.loop = model.make_sampler(Denoiser(model.released_denoiser(), device, self._predict))
+        self.shown: Tensors = {}  # of the last sample
 
-    def sample(self, wanted: Conditions, config: PreviewConfig, stop: Callable[[], bool] = lambda: False) -> Tensor:
-        """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
-
-        Args:
-            stop: whether to give it up; asked before each prediction, and enough on any rank that computes with this one.
-
-        Raises:
-            torch.OutOfMemoryError: on every stage of the pipeline.
-            Interrupted: where it was given up.
-        """
-        model, self.stop = self.model, stop
+    def run(self, wanted: Conditions, config: PreviewConfig) -> Tensor:
+        """Latents as ``encode_media`` gives them, first dim 1, on the CPU."""
+        model = self.model
         blank = model.blank_media(wanted.frames, wanted.height, wanted.width)["latents"][None]
         noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(wanted.seed))
         rows = model.align([dict(row) for row in (wanted.text, wanted.negative) if row is not None])
@@ -121,11 +113,67 @@ class Sampler:
         return {n: (t.float() if t.is_floating_point() else t)[None].to(self.device) for n, t in row.items()}
 
     def _predict(self, call: dict[str, Any]) -> Tensor:
+        return self.predict([self.model.inputs_of(one, self.shown) for one in _split(call)])
+
+
+class Sampler:
+    """Samples latents with the weights as they are, one guidance branch at a time; every stage of a pipeline runs the same loop.
+
+    Args:
+        tick: called behind each prediction.
+    """
+
+    def __init__(self, model: DiffusionModel, pipeline: Pipeline, tick: Callable[[], None] = lambda: None) -> None:
+        self.pipeline, self.tick = pipeline, tick
+        self.loop = Loop(model, pipeline.mesh.device, self._predict)
+        self.stop: Callable[[], bool] = lambda: False  # of the last sample
+
+    def sample(self, wanted: Conditions, config: PreviewConfig, stop: Callable[[], bool] = lambda: False) -> Tensor:
+        """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
+
+        Args:
+            stop: whether to give it up; asked before each prediction, and enough on any rank that computes with this one.
+
+        Raises:
+            torch.OutOfMemoryError: on every stage of the pipeline.
+            Interrupted: where it was given up.
+        """
+        self.stop = stop
+        return self.loop.run(wanted, config)
+
+    def _predict(self, microbatches: list[dict[str, Any]]) -> Tensor:
         if self.pipeline.mesh.any_partner(self.stop()):
             raise Interrupted
-        made = self.pipeline.predict([self.model.inputs_of(one, self.shown) for one in _split(call)])
+        made = self.pipeline.predict(microbatches)
         self.tick()
         return made
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a sample first has predicted.
+
+    Attributes:
+        microbatches: inputs of ``forward``, one for each guidance branch that goes through the stages together.
+        bytes: held by the loop meanwhile, these among them.
+    """
+
+    microbatches: list[dict[str, Any]]
+    bytes: int
+
+
+def first_asked(model: DiffusionModel, wanted: Conditions, config: PreviewConfig) -> Asked:
+    """What the loop asks the stages for, found by running it that far on the CPU; it asks for the like at every step."""
+    found: list[Asked] = []
+
+    def predict(microbatches: list[dict[str, Any]]) -> Tensor:
+        found.append(Asked(microbatches, ledger.live))
+        raise Interrupted
+
+    loop, ledger = Loop(model, torch.device("cpu"), predict), Ledger()
+    with suppress(Interrupted), ledger:
+        loop.run(wanted, config)
+    return found[0]
 
 
 def _split(call: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from diffpipe.checkpoint import Checkpoints, load, read_state
 from diffpipe.config.schema import Config, MemoryConfig
+from diffpipe.data.buckets import Bucket
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
 from diffpipe.data.feed import Feed
@@ -96,7 +98,7 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         check_attention(config.model.attention, mesh.device)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         asked = mesh.decide(lambda: read_prompts(config, model))
-        outlook = Outlook(config, model, mesh)
+        outlook = Outlook(config, model, mesh, asked)
         startup.lap("plan")
         samples, held_out = open_data(config, model, mesh, sinks, outlook=outlook, lap=startup.lap)
         prompts = open_prompts(config, model, mesh, sinks, asked)
@@ -195,12 +197,18 @@ def open_data(
             progress=sinks.progress,
             again=again,
             lap=lap,
-            **({"fits": outlook.settle} if outlook is not None and name == "train" else {}),
+            **({"fits": partial(_settle, outlook, sinks)} if outlook is not None and name == "train" else {}),
         )
         for line in report.lines():
             sinks.note(f"{name}: {line}")
         opened.append(samples)
     return opened[0], {s.name: held_out for s, held_out in zip(config.eval.sets, opened[1:], strict=True)}
+
+
+def _settle(outlook: Outlook, sinks: Sinks, buckets: Collection[Bucket]) -> None:
+    outlook.settle(buckets)
+    for warning in outlook.warnings:
+        sinks.warn(warning)
 
 
 class Trainer:
@@ -251,7 +259,8 @@ class Trainer:
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
         self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
         self.watch = Watch(mesh, config.mesh.timeout, tell)
-        self.previews = Previews(config.preview, model, pipeline, prompts, sinks, self.watch) if len(prompts) else None
+        halved = forecast.halved if forecast is not None else 0
+        self.previews = Previews(config.preview, model, pipeline, prompts, sinks, self.watch, halved) if len(prompts) else None
         self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
         self.evaluation = Evaluation(config, mesh, model, held_out, pipeline, sinks, self.watch, self._explained)

@@ -58,6 +58,34 @@ def test_all_weights_of_a_large_model_are_planned_block_by_block(command: Comman
     assert float(row[1]) < 9
 
 
+def test_previews_are_planned_with_what_is_on_the_device_meanwhile(command: Command, toys: Toys, tmp_path: Path) -> None:
+    config = written(
+        tmp_path,
+        model={"family": "wan", "path": str(toys("wan"))},
+        data={"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[64, 64, 5]]},
+        mesh={"stages": 2, "memory": ["10MiB", "100MiB"]},
+        preview={"prompts": ["a", {"prompt": "b", "width": 512, "height": 256, "frames": 9}]},
+    )
+    told = " ".join(command("plan", config, "--card", "RTX 4090").stdout.split())
+    sampling = re.findall(r"previews of 9x256x512: sampling (\d+\.\d+) MiB \(most of it workspace, (\d+\.\d+) MiB\)", told)
+    assert len(sampling) == 2 and all(float(most) < float(peak) for peak, most in sampling)
+    assert told.count("decoding in tiles of 256 pixels") == 1, "one stage decodes"
+    assert told.count("warning: a preview for which memory runs out is left out") == 1
+    assert "left out: preview.prompts.1: sampling 9x256x512 on stage 0 needs" in told
+    assert "expected: at most 10.0 MiB, mesh.memory fix: smaller preview.width and preview.height" in told
+
+
+def test_a_preview_that_would_end_a_sharded_run_ends_the_plan(command: Command, tmp_path: Path) -> None:
+    data = {"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[256, 256]]}
+    preview = {"prompts": ["a"], "width": 8192, "height": 8192}
+    model = {"family": "lumina2", "dtype": "bfloat16"}
+    config = written(tmp_path, model=model, data=data, mesh={"shard": 2}, preview=preview)
+    done = command("plan", config, "--card", "RTX 3060", check=False)
+    told = " ".join(done.stderr.split())
+    assert done.exit_code == 1 and "preview.prompts.0" in told and "sampling 1x8192x8192 on stage 0 needs" in told
+    assert "what is free on the device" in told
+
+
 def test_all_meshes_of_many_devices_are_simulated(command: Command, toys: Toys, tmp_path: Path) -> None:
     data = {"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[128, 128, 5]]}
     config = written(tmp_path, model={"family": "wan", "path": str(toys("wan"))}, batch={"accumulate": 64}, data=data)

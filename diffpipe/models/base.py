@@ -20,7 +20,7 @@ from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.flow import Key, timesteps
 from diffpipe.models.adapter_files import merge_into, read_adapter
 from diffpipe.models.blueprint import Blueprint, Component, read_blueprint
-from diffpipe.models.encoders import Encoders, diffusers_module, fingerprint, load_component, load_components, nowhere
+from diffpipe.models.encoders import Encoders, blank_component, diffusers_module, fingerprint, load_component, load_components, nowhere
 from diffpipe.models.names import NameMap, Originals, first_blocks, original_names, to_diffusers, to_original
 from diffpipe.models.weights import Lazy, WeightSource, open_file, open_folder, unscale, within
 
@@ -165,10 +165,13 @@ class DiffusionModel(ABC):
 
     def load_decoder(self, device: torch.device) -> Encoders:
         """The VAE alone on ``device``, as ``decode_media`` takes it; it works in tiles where it can."""
-        decoder = Encoders(self._pipeline_without(self.blueprint.keys() - {"vae"}, device), device)
-        if hasattr(decoder.vae, "enable_tiling"):
-            decoder.vae.enable_tiling()
-        return decoder
+        return _in_tiles(Encoders(self._pipeline_without(self.blueprint.keys() - {"vae"}, device), device))
+
+    def blank_decoder(self) -> Encoders:
+        """What ``load_decoder`` gives, its parameters on meta."""
+        absent, vae = dict.fromkeys(self.blueprint.keys() - {"vae"}), blank_component(self.blueprint["vae"])
+        made = self.make_pipeline({**absent, "vae": vae.requires_grad_(False).eval()})
+        return _in_tiles(Encoders(made, torch.device("cpu")))
 
     def _pipeline_without(self, absent: Collection[str], device: torch.device) -> Any:
         components = load_components(self.blueprint, absent, getattr(torch, self.config.dtype), device)
@@ -513,6 +516,12 @@ class DiffusionModel(ABC):
         """Names of the layers an adapter goes on unless the config names others: every linear layer in a unit."""
         roots = tuple(unit.removesuffix("*") if unit.endswith(".*") else unit + "." for unit in self.spec.units)
         return [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and n.startswith(roots)]
+
+
+def _in_tiles(decoder: Encoders) -> Encoders:
+    if hasattr(decoder.vae, "enable_tiling"):
+        decoder.vae.enable_tiling()
+    return decoder
 
 
 def layers(names: Iterable[str], prefix: str) -> int:

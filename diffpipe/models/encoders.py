@@ -52,12 +52,20 @@ def diffusers_module() -> Any:
 
 def halve_tiles(vae: Any) -> bool:
     """Have a VAE that works in tiles take them of half the sides; whether it can."""
-    sides = {n: v for n, v in vars(vae).items() if re.fullmatch(r"tile_\w+_(min|stride)_(size|height|width)", n)}
-    if min((v for n, v in sides.items() if n.startswith("tile_sample_min")), default=0) < 2 * SMALLEST:
+    if (tile_side(vae) or 0) < 2 * SMALLEST:
         return False
-    for name, side in sides.items():
+    for name, side in _tile_sides(vae).items():
         setattr(vae, name, side // 2)
     return True
+
+
+def tile_side(vae: Any) -> int | None:
+    """Pixels along the shorter side of a tile; None where a VAE does not work in tiles."""
+    return min((v for n, v in _tile_sides(vae).items() if n.startswith("tile_sample_min")), default=None)
+
+
+def _tile_sides(vae: Any) -> dict[str, int]:
+    return {n: v for n, v in vars(vae).items() if re.fullmatch(r"tile_\w+_(min|stride)_(size|height|width)", n)}
 
 
 def load_components(blueprint: Blueprint, without: Collection[str], dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -141,9 +149,16 @@ def file_shapes(component: Component) -> dict[str, tuple[int, ...]]:
     return {n: tuple(t.shape) for n, t in own_tensors(component, open_file(component.file)).items()}
 
 
-def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
+def blank_component(component: Component) -> Any:
+    """A network of diffusers with its parameters on meta, in float32; buffers, which no file need hold, are made."""
     from accelerate import init_empty_weights
 
+    kind: Any = getattr(import_module(component.library), component.kind)
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return kind.from_config(component.config)
+
+
+def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
     assert component.file is not None
     tensors = file_tensors(component)
     state = {n: _cast(realise(t), dtype) for n, t in tensors.items()}
@@ -155,9 +170,7 @@ def _from_file(component: Component, kind: Any, dtype: torch.dtype) -> Any:
         missing, extra = sorted(told["missing_keys"]), sorted(told["unexpected_keys"])
         wrong = [str(m[0]) for m in told["mismatched_keys"]]
     else:
-        # Buffers stay real: those that no file holds, such as wavelets, are made here.
-        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            module = kind.from_config(component.config)
+        module = blank_component(component)
         wanted = module.state_dict()
         missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
         wrong = [n for n, t in wanted.items() if n in state and state[n].shape != t.shape]

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.flow import Key
 from diffpipe.models.adapters import is_adapter
-from diffpipe.models.base import DiffusionModel
+from diffpipe.models.base import DiffusionModel, Targets
 from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.build import outline, parts_of, precision_of
 from diffpipe.pipeline.cut import NOTHING, Fakes, Part, Probe, duplicate
@@ -22,9 +22,10 @@ from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import Card
 from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.compiled import Compiled
-from diffpipe.pipeline.memory.estimate import Estimate, Peak, find_peak
+from diffpipe.pipeline.memory.estimate import Estimate, Moment, Peak, find_peak
 from diffpipe.pipeline.memory.footprint import Footprint, measure
 from diffpipe.pipeline.memory.host import HostMemory
+from diffpipe.pipeline.memory.inference import measure_ahead
 from diffpipe.pipeline.memory.layer import chosen, order_of
 from diffpipe.pipeline.memory.ledger import Work, rounded
 from diffpipe.pipeline.memory.quantize import quantize
@@ -165,6 +166,27 @@ class Rehearsal:
             gathered=held.gathered,
         )
 
+    @torch.no_grad()
+    def prediction(self, microbatches: Sequence[dict[str, Any]], memory: MemoryConfig) -> Moment:
+        """What ``Pipeline.predict`` of these inputs holds at most beside weights; the inputs themselves are left to the caller."""
+        self.holder.eval()
+        timeline = self._passed(microbatches[0], [])
+        self.holder.train()
+
+        def footprint(visit: Visit) -> Footprint:
+            number, call = timeline.calls[visit.kind]
+            key = (visit.kind, "prediction", memory.compile)
+            if key not in self.footprints:
+                self.footprints[key] = measure_ahead(self.plain[number], call, self.fakes, memory.compile)
+            return self.footprints[key]
+
+        return replace(find_peak(timeline, footprint, len(microbatches), len(microbatches)).moment, inputs=0)
+
+    def between_steps(self, step: Estimate, memory: MemoryConfig) -> dict[str, int]:
+        """What of a step's estimate is on the device when it is over, by name: no state that waits on the host, nothing gathered."""
+        states = sorted(state_bytes(self.config.optimizer, self._trained(n)) for n in self._apart(memory, self.config.optimizer.offload))
+        return {**step.always, "gathered weights": 0, "optimizer state": step.optimizer - sum(states[-2:])}
+
     def inventory(self, bucket: Dims) -> list[Unit]:
         """The stage's units, as the config's memory section treats them."""
         timeline, memory = self.timeline(bucket), self.config.memory
@@ -250,6 +272,10 @@ class Rehearsal:
         inputs, targets = self.model.prepare(
             {n: t[None].expand(count, *t.shape) for n, t in row.items()}, [Key(0, 0, i, 0) for i in range(count)]
         )
+        return self._passed(inputs, targets)
+
+    def _passed(self, inputs: dict[str, Any], targets: Targets) -> Timeline:
+        """The timeline of a microbatch; without targets its predictions leave the last stage."""
         borders = [NOTHING, *self.probe.borders(inputs)]
         fake = {n: self._fake(n, x) for n, x in inputs.items()}
         wanted = tree_map(lambda x: self.fakes.tensor(x) if isinstance(x, Tensor) else x, targets)
@@ -262,7 +288,7 @@ class Rehearsal:
                 with self.precision():
                     sent, _ = as_on_cuda(part)(payload, borders[number].layout, fake)
                 loss = self.config.objective
-                leaving += [sum_errors(sent, wanted, loss.loss, loss.delta)] if part.last else sent
+                leaving += [sum_errors(sent, wanted, loss.loss, loss.delta)] if part.last and wanted else sent
             return leaving
 
         return self.recorder.record([*self.holder.parameters(), *self.holder.buffers()], given, forward)

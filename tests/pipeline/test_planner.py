@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 
-from diffpipe.config.schema import MemoryConfig
+from diffpipe.config.schema import MemoryConfig, PreviewConfig
 from diffpipe.data.buckets import Bucket
 from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.forecast import Comparison, Forecast
 from diffpipe.models import make_model
+from diffpipe.models.wan import Wan
 from diffpipe.pipeline.memory.cards import CARDS, find_card
 from diffpipe.pipeline.memory.estimate import Estimate
 from diffpipe.pipeline.memory.planner import Choice, choose, least, lower
 from diffpipe.pipeline.rehearsal import Rehearsal
+from diffpipe.prompts import read_prompts
 from diffpipe.train import train
 from tests.families import CPU, frames_of
 from tests.pipeline.test_memory import config_of, same, steps_of
@@ -156,6 +158,47 @@ def test_the_comparison_is_told_once_a_bucket_after_its_first_steps(planning: Pl
     assert [comparison.due(bucket) for _ in range(5)] == [False, False, True, False, False]
     predicted = forecast.of(bucket).peak
     assert comparison.line(bucket, predicted * 2).endswith("(-50.0%)")
+
+
+def test_previews_leave_what_is_chosen_and_decode_in_tiles_that_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = {"prompt": "x", "width": 192, "height": 192, "frames": 5}
+    config = prepared("wan", "lora", tmp_path, 1)
+    config = config.model_copy(update={"preview": PreviewConfig.model_validate({"prompts": [prompt], "steps": 1})})
+    model, bucket = make_model(config.model, config.objective), Bucket(9, 64, 64)
+
+    def foreseen(budget: int) -> Forecast:
+        memory = MemoryConfig(budget=budget, swap=0)
+        forecast = Forecast(config.model_copy(update={"memory": memory}), model, 0, find_card(None, CPU), None)
+        forecast.settle([bucket])
+        chosen = forecast.config.memory
+        forecast.foresee(read_prompts(config, model), decodes=True)
+        assert forecast.config.memory == chosen
+        return forecast
+
+    free = foreseen(1 << 40)
+    assert free.halved == 0 and not list(free.warnings())
+    assert free.previews is not None and free.previews.decoding is not None
+    whole = free.previews.decoding.peak
+    halved = foreseen(whole - 1)
+    assert halved.halved == 1 and halved.previews is not None and halved.previews.decoding is not None
+    assert halved.previews.decoding.peak < whole and "decoding in tiles of 128 pixels" in list(halved.lines())[-1]
+    # Steps fit into less; then the run trains, tells of it before anything is encoded, and tries.
+    budget = int(0.8 * halved.previews.decoding.peak)
+    assert free.of(bucket).peak < budget
+    decode, sides = Wan.decode_media, []
+
+    def seen(own: Wan, decoder: Any, latents: Any) -> Any:
+        sides.append(decoder.vae.tile_sample_min_height)
+        return decode(own, decoder, latents)
+
+    monkeypatch.setattr(Wan, "decode_media", seen)
+    config = config.model_copy(update={"memory": MemoryConfig(budget=budget), "run": config.run.model_copy(update={"steps": 1})})
+    run = train(config, resume=None, make_sinks=list)
+    log = (run / "log.txt").read_text()
+    told = "warning: a preview for which memory runs out is left out: preview.prompts.0: decoding 5x192x192 on stage 0 needs"
+    assert log.index(told) < log.index("train: files")
+    assert "memory.budget" in log and "previews of 5x192x192: sampling" in log
+    assert sides[-1] == 128 and (run / "previews/step-00000001/00.mp4").exists()
 
 
 def test_an_unknown_card_is_an_error_that_lists_the_known_ones() -> None:

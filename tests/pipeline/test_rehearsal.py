@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,27 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from diffpipe.config.schema import Config, OptimizerConfig
+from diffpipe.data.buckets import Bucket
 from diffpipe.flow import Key
 from diffpipe.models import MODELS, make_model
 from diffpipe.models.base import DiffusionModel
+from diffpipe.models.encoders import halve_tiles
 from diffpipe.optim import make_optimizer, set_rates
 from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.cut import duplicate
 from diffpipe.pipeline.memory.cards import CARDS, Card
 from diffpipe.pipeline.memory.compiled import Compiled
+from diffpipe.pipeline.memory.decoding import measure_decoding
 from diffpipe.pipeline.memory.footprint import Call
-from diffpipe.pipeline.memory.ledger import rounded
+from diffpipe.pipeline.memory.ledger import Ledger, rounded
 from diffpipe.pipeline.memory.tags import cut
 from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.rehearsal import Dims, Rehearsal
-from diffpipe.pipeline.schedule import Microbatches, Pipeline
-from tests.families import frames_of
+from diffpipe.pipeline.schedule import Microbatches
+from diffpipe.prompts import read_prompts
+from diffpipe.sampling import Conditions, Sampler, first_asked
+from tests.families import CPU, frames_of
 from tests.pipeline.test_memory import config_of
 
 Toys = Callable[[str], Path]
@@ -48,10 +54,10 @@ def batch_of(model: DiffusionModel, bucket: Dims, count: int = 1) -> Microbatche
     return [model.prepare(row, [Key(0, 0, i, 0)]) for i in range(count)]
 
 
-def allocated(pipeline: Pipeline, batch: Microbatches) -> int:
-    """The most that a step allocates, as torch's CPU allocator reports it to the profiler."""
+def allocated(work: Callable[[], object]) -> int:
+    """The most that work allocates, as torch's CPU allocator reports it to the profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        pipeline.train(batch)
+        work()
     events: Any = profile.profiler
     live = peak = 0
     for event in sorted((e for e in events.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -70,7 +76,8 @@ def test_a_step_holds_what_was_foreseen(toys: Toys, family: str, recompute: str)
         pipeline = build(config, model, mesh)
         pipeline.train(batch_of(model, bucket))
         pipeline.module.zero_grad()
-        held = allocated(pipeline, batch_of(model, bucket))
+        batch = batch_of(model, bucket)
+        held = allocated(lambda: pipeline.train(batch))
     assert moment.whole - moment.inputs == pytest.approx(held, rel=0.05)
 
 
@@ -81,8 +88,78 @@ def test_several_microbatches_and_full_training_hold_what_was_foreseen(toys: Toy
     moment = Rehearsal(config, model, 0, CARD).estimate(bucket, config.memory).moment
     with open_mesh(config.mesh) as mesh:
         pipeline = build(config, model, mesh)
-        held = allocated(pipeline, batch_of(model, bucket, 3))
+        batch = batch_of(model, bucket, 3)
+        held = allocated(lambda: pipeline.train(batch))
     assert moment.whole - moment.inputs == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["flux", "ltx-video", "sdxl", "wan"])  # the second and third send both branches of guidance together
+def test_a_sample_holds_what_was_foreseen(toys: Toys, family: str) -> None:
+    preview: dict[str, Any] = {"prompts": ["x"], "steps": 2}
+    config = config_of(family, toys(family), {"rank": 4}, {}, preview=preview)
+    model = make_model(config.model, config.objective)
+    frames, height, width = bucket_of(model)
+    (prompt,) = read_prompts(config, model)
+    wanted = replace(prompt, bucket=Bucket(frames, height, width)).blank(model)
+    asked = first_asked(model, wanted, config.preview)
+    moment = Rehearsal(config, model, 0, CARD).prediction(asked.microbatches, config.memory)
+    with open_mesh(config.mesh) as mesh:
+        sampler = Sampler(model, build(config, model, mesh))
+        sampler.sample(wanted, config.preview)
+        held = allocated(lambda: sampler.sample(wanted, config.preview))
+    assert len(asked.microbatches) == (2 if family in ("ltx-video", "sdxl") else 1)
+    # What the scheduler keeps of earlier steps, some latents, weighs more here than in models of their true size.
+    assert moment.whole + asked.bytes == pytest.approx(held, rel=0.07)
+
+
+def test_a_stage_and_streamed_weights_hold_less_in_a_sample_than_in_a_step(toys: Toys) -> None:
+    config = config_of("flux", toys("flux"), {"rank": 4}, {"swap": "all", "recompute": "none"}, mesh={"stages": 2})
+    model = make_model(config.model, config.objective)
+    bucket = bucket_of(model)
+    wanted = Conditions(0, *bucket, model.blank_text(), None, {})
+    asked = first_asked(model, wanted, config.preview)
+    for stage in range(2):
+        rehearsal = Rehearsal(config, model, stage, CARD)
+        step = rehearsal.estimate(bucket, config.memory)
+        moment = rehearsal.prediction(asked.microbatches, config.memory)
+        assert 0 < moment.whole < step.moment.whole and (moment.saved, moment.gradients) == (0, 0)
+        assert rehearsal.estimate(bucket, config.memory) == step, "what steps hold is foreseen as before"
+
+
+def test_a_compiled_unit_holds_no_more_in_a_sample_than_in_a_step(toys: Toys) -> None:
+    config = config_of("wan", toys("wan"), {"rank": 4}, {"compile": True, "recompute": "none"})
+    model = make_model(config.model, config.objective)
+    rehearsal, bucket = Rehearsal(config, model, 0, CARD), bucket_of(model)
+    number, call = list(rehearsal.timeline(bucket).calls.values())[-1]
+    compiled = Compiled(rehearsal.plain[number], call, rehearsal.fakes)
+    alone, step = compiled.ahead(), compiled.footprint("none", None)
+    assert 0 < alone.forward <= step.forward and (alone.kept, alone.held) == (0, ())
+    assert (alone.ahead.full, alone.ahead.attention) == (step.ahead.full, step.ahead.attention)
+    assert alone.ahead.traffic < step.ahead.traffic, "nothing is written for a backward pass"
+
+
+@pytest.mark.parametrize(
+    ("family", "side", "latent_frames", "halved"),
+    [("sdxl", 160, 1, 0), ("wan", 160, 3, 1), ("hunyuan-video", 144, 5, 1), ("ltx-video", 320, 2, 1)],
+)
+def test_a_decoder_holds_what_was_foreseen(toys: Toys, family: str, side: int, latent_frames: int, halved: int) -> None:
+    config = config_of(family, toys(family), {"rank": 4}, {})
+    model = make_model(config.model, config.objective)
+    frames = 1 + (latent_frames - 1) * model.geometry.temporal
+    foreseen = measure_decoding(model, frames, side, side, halved)
+    decoder = model.load_decoder(CPU)
+    for _ in range(halved):
+        assert halve_tiles(decoder.vae)
+    latents, ledger = torch.randn(1, *model.blank_media(frames, side, side)["latents"].shape), Ledger()
+    with torch.no_grad():
+        if family == "sdxl":
+            held = allocated(lambda: model.decode_media(decoder, latents))
+        else:  # the CPU's convolutions of clips unfold them first: what no tensor shows, and no GPU does
+            with ledger:
+                model.decode_media(decoder, latents)
+            held = ledger.peak - sum(rounded(t.nbytes) for t in [*decoder.vae.parameters(), *decoder.vae.buffers(), latents])
+    assert foreseen is not None and foreseen.weights == bytes_of([*decoder.vae.parameters(), *decoder.vae.buffers()])
+    assert foreseen.taken == pytest.approx(held, rel=0.05)
 
 
 def bytes_of(tensors: Any) -> int:

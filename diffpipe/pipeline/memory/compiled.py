@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from diffpipe.pipeline.cut import Fakes
 from diffpipe.pipeline.memory.footprint import Call, Footprint
-from diffpipe.pipeline.memory.graphs import Joint, halves, trace
+from diffpipe.pipeline.memory.graphs import Joint, first_pass, halves, trace
 from diffpipe.pipeline.memory.ledger import Work, rounded, scratch, work_of
 from diffpipe.pipeline.memory.tags import WRITTEN, Buffer, root, tensors
 
@@ -44,6 +44,13 @@ class Compiled:
             ahead, back = halves(self.joint, policy)
             self.cuts[policy] = _Kernels(ahead), _Kernels(back)
         return _Halves(self.joint, *self.cuts[policy], self.copied, threshold).footprint()
+
+    def ahead(self) -> Footprint:
+        """The unit's footprint where no gradients are asked for."""
+        kernels = _Kernels(first_pass(self.joint))
+        made = sum(kernels.size(b) for b in {b for b in kernels.results if b is not None and b[0] in kernels.reads})
+        forward = kernels.peak() - made + sum(self.copied.values())
+        return Footprint(0, (), 0, 0, forward, 0, 0, ahead=kernels.work(), back=Work())
 
 
 def _fuses(node: fx.Node) -> bool:

@@ -39,6 +39,27 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes on a device at once, by name."""
+
+    parts: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def most(self) -> str:
+        """The largest part's name."""
+        return max(self.parts, key=self.parts.__getitem__)
+
+    def told(self) -> str:
+        """The peak and its parts, for a person."""
+        parts = sorted(((n, b) for n, b in self.parts.items() if b >= self.peak / 100), key=lambda p: -p[1])
+        return f"{amount(self.peak)} (" + ", ".join(f"{name} {amount(count)}" for name, count in parts) + ")"
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What steps of one bucket hold and take on one stage; bytes, and seconds of a step.
 
@@ -100,8 +121,7 @@ class Estimate:
 
     def told(self) -> str:
         """The peak and its parts, for a person."""
-        parts = sorted(((n, b) for n, b in self.parts.items() if b >= self.peak / 100), key=lambda p: -p[1])
-        return f"{amount(self.peak)} (" + ", ".join(f"{name} {amount(count)}" for name, count in parts) + ")"
+        return Held(self.parts).told()
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diffpipe.pipeline.cut import Fakes, duplicate
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
@@ -73,6 +73,15 @@ def halves(joint: Joint, policy: str) -> tuple[fx.Graph, fx.Graph]:
     weights = list(range(len(joint.weights)))
     forward, backward = cut(_again(joint.module), policy, num_fwd_outputs=joint.outputs, static_lifetime_input_indices=weights)
     return forward.graph, backward.graph
+
+
+def first_pass(joint: Joint) -> fx.Graph:
+    """The forward pass with nothing that only a backward pass needs."""
+    graph = fx.Graph()
+    results = tree_leaves(graph.graph_copy(joint.module.graph, {}))
+    graph.output(results[: joint.outputs])
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # torch keeps what might draw random numbers
+    return graph
 
 
 def _again(module: fx.GraphModule) -> fx.GraphModule:

@@ -10,8 +10,8 @@ from math import inf
 from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.metrics import amount
-from diffpipe.pipeline.memory.estimate import Estimate
-from diffpipe.pipeline.memory.shortage import remedies
+from diffpipe.pipeline.memory.estimate import Estimate, Held
+from diffpipe.pipeline.memory.shortage import SMALLER_PREVIEWS, remedies
 
 LOWER = 0.85  # part of what was held that is aimed at when it was too much
 EVERY = (1, 2, 3, 4)  # what recompute_every may be chosen to be
@@ -88,6 +88,22 @@ def does_not_fit(where: str, estimate: Estimate, limit: int, what: str, config: 
         where=what if what in ("memory.budget", "mesh.memory") else "memory",
         expected=f"at most {amount(limit)}, {what}",
         fix="; or ".join(remedies(config)),
+    )
+
+
+def preview_does_not_fit(number: int, doing: str, held: Held, limit: int, what: str) -> DiffpipeError:
+    """The fault of a preview that there is no memory for.
+
+    Args:
+        number: of its prompt.
+        doing: what is done with it, and on which stage.
+        what: whose limit it is.
+    """
+    return DiffpipeError(
+        f"{doing} needs {held.told()}",
+        where=f"preview.prompts.{number}",
+        expected=f"at most {amount(limit)}, {what}",
+        fix="; or ".join(SMALLER_PREVIEWS),
     )
 
 

@@ -12,6 +12,8 @@ from diffpipe.config.schema import Config
 from diffpipe.errors import ShortageError, causes
 from diffpipe.metrics import GIB
 
+SMALLER_PREVIEWS = ("smaller preview.width and preview.height", "fewer preview.frames", "more mesh.stages")  # what makes them fit
+
 
 @contextmanager
 def explained(doing: str, device: torch.device, fixes: Iterable[str]) -> Iterator[None]:
