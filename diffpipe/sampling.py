@@ -86,11 +86,18 @@ class Sampler:
         self.shown: Tensors = {}
         self.stop: Callable[[], bool] = lambda: False
 
-    def sample(self, wanted: Conditions, config: PreviewConfig, stop: Callable[[], bool] = lambda: False) -> Tensor:
+    def sample(
+        self,
+        wanted: Conditions,
+        config: PreviewConfig,
+        stop: Callable[[], bool] = lambda: False,
+        stepped: Callable[[int], None] = lambda number: None,
+    ) -> Tensor:
         """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
 
         Args:
             stop: whether to give it up; asked before each prediction, and enough on any rank that computes with this one.
+            stepped: told behind each step of the scheduler how many are done.
 
         Raises:
             torch.OutOfMemoryError: on every stage of the pipeline.
@@ -102,6 +109,11 @@ class Sampler:
         rows = model.align([dict(row) for row in (wanted.text, wanted.negative) if row is not None])
         text, *negative = [self._batch(row) for row in rows]
         self.shown = self._batch(wanted.shown)
+
+        def behind(loop: Any, number: int, time: Any, latents: dict[str, Any]) -> dict[str, Any]:
+            stepped(number + 1)
+            return latents
+
         (made,) = self.loop(
             **model.conditions(text, negative[0] if negative else None, self.shown),
             **({"num_frames": wanted.frames} if model.geometry.fps else {}),
@@ -111,6 +123,7 @@ class Sampler:
             num_inference_steps=config.steps,
             latents=model.pack(noise),
             generator=torch.Generator().manual_seed(wanted.seed),
+            callback_on_step_end=behind,
             output_type="latent",
             return_dict=False,
         )
