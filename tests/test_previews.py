@@ -146,7 +146,8 @@ def test_tensorboard_has_the_pictures_and_what_was_asked_for(flux: Path) -> None
     shown = events.Images("preview/1")
     assert [each.step for each in shown] == [2, 4]
     assert shown[-1].encoded_image_string == (flux / "previews/step-00000004/01.png").read_bytes()
-    assert events.SummaryMetadata("preview/1").summary_description == "a green square"
+    about = events.SummaryMetadata("preview/1")
+    assert about.summary_description == about.display_name == "a green square"
 
 
 def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command, tmp_path: Path) -> None:
