@@ -172,6 +172,7 @@ class Dashboard(Sink):
     def _print(self, text: str, style: str = "") -> None:
         """Lines above the picture, broken between words; a path stays whole, to be copied."""
         console = self.live.console
+        folded: list[str] = []
         for line in text.splitlines():
-            folded = wrap(line, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-            console.print("\n".join(folded), markup=False, highlight=False, soft_wrap=True, style=style)
+            folded += wrap(line, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        console.print("\n".join(folded), markup=False, highlight=False, soft_wrap=True, style=style)
