@@ -29,13 +29,15 @@ def arguments(family: str, folder: Path, ranks: int, number: int) -> list[str]:
     settings = {
         **{key: value for key, value in BRIEF.items() if not key.startswith("adapter.")},
         "output_dir": folder / str(number),
-        "run.steps": 4,
+        "run.steps": 60,
         "mesh.stages": ranks,
+        "mesh.schedule": "interleaved",  # sends and computes by turns most often
+        "mesh.spans": 2,
         "model.family": family,
         "model.path": f"toy:{family}",
         "data.folders": f"[{{path: 'toy:{'clips' if video else 'pictures'}'}}]",
         "data.frames": "[1, 9]",
-        "checkpoint.every_steps": 4,
+        "checkpoint.every_steps": 60,
         "export.formats": "[diffusers]",
     }
     return ["train", str(ROOT / "configs/quickstart.yaml"), *(f"--set={k}={v}" for k, v in settings.items())]

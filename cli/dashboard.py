@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from time import monotonic
 from typing import Any
 
@@ -142,13 +143,13 @@ class Dashboard(Sink):
         self.note(f"{kind} {path}")
 
     def note(self, text: str) -> None:
-        self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._print(text)
 
     def warn(self, text: str) -> None:
         if self.view is not None:
             with self.lock:
                 self.view.warnings.append(text)
-        self.live.console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True, style="yellow")
+        self._print(f"warning: {text}", "yellow")
 
     def progress(self, progress: Progress) -> None:
         count = described(progress, self.pace.of(progress))
@@ -167,3 +168,11 @@ class Dashboard(Sink):
             self.keys.close()
             self.view.keys = ""
         self.live.stop()
+
+    def _print(self, text: str, style: str = "") -> None:
+        """Lines above the picture, broken between words; a path stays whole, to be copied."""
+        console = self.live.console
+        folded: list[str] = []
+        for line in text.splitlines():
+            folded += wrap(line, console.width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        console.print("\n".join(folded), markup=False, highlight=False, soft_wrap=True, style=style)

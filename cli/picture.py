@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from time import monotonic
 
 from rich.console import Console, ConsoleOptions
@@ -183,10 +184,18 @@ class Painter:
         return lines
 
     def warned(self, most: int) -> list[Text]:
-        """The last warnings."""
-        more = len(self.view.warnings) - most
-        lines = [Text(f"warning: {text.splitlines()[0]}", "yellow") for text in self.view.warnings[-most:]]
-        return [*([Text(f"{more} earlier warnings in log.txt", "yellow")] if more > 0 else []), *lines]
+        """The newest warning, in as many lines as it takes, and those before it for which there is space."""
+        lines: list[str] = []
+        earlier = len(self.view.warnings)
+        for text in reversed(self.view.warnings):
+            told = f"warning: {text.splitlines()[0]}"
+            folded = wrap(told, self.width, subsequent_indent="  ", max_lines=most, placeholder=" ...")
+            if len(lines) + len(folded) > most:
+                break
+            lines, earlier = [*folded, *lines], earlier - 1
+        if earlier:
+            lines.insert(0, f"{earlier} earlier warning{'s' if earlier > 1 else ''} in log.txt")
+        return [Text(line, "yellow") for line in lines]
 
     def evals(self, most: int) -> list[Text]:
         """The held-out losses."""

@@ -113,18 +113,17 @@ class Checkpoints:
         file = self._aside(step) / f"rank-{self.mesh.rank:05d}.safetensors"
         self._writing = _Writing(step, state, self._thread.submit(_write, file, tensors), perf_counter() - begun)
 
-    def finish(self, wait: bool) -> Saved | None:
-        """Give the checkpoint under way its name once all ranks have written theirs, and remove what is too old; every rank calls this.
+    def is_writing(self) -> bool:
+        """Whether this rank is not through with its part of a checkpoint."""
+        return self._writing is not None and not self._writing.files.done()
 
-        Args:
-            wait: until they have; otherwise None where they have not.
+    def finish(self) -> Saved | None:
+        """Give the checkpoint under way its name once all ranks have written theirs, and remove what is too old; every rank calls this.
 
         Raises:
             CheckpointError: on every rank, when any could not write; older checkpoints stay.
         """
         if (writing := self._writing) is None:
-            return None
-        if not wait and self.mesh.largest(float(not writing.files.done()))[0]:
             return None
         self._writing = None
         fault = writing.files.exception()  # waits

@@ -169,12 +169,11 @@ def _encoded(
     missing = set(tasks) if again else cache.missing(tasks)
     claims = Claims(folder, exchange(os.urandom(8).hex())[0])
     encoder = Encoder(config, model, device, claims, rank, world, progress)
-    faults: dict[str, MediaError] = {}
-    for share in _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing])):
-        faults |= share
+    shares = _agree(exchange, lambda: encoder.run([t for k, t in tasks.items() if k in missing]))
+    encoder.end(shares)
     cache.refresh()
     _agree(exchange, lambda: _settle(cache, claims) if rank == 0 else None)
-    return cache, missing, faults
+    return cache, missing, {key: fault for share in shares for key, fault in share.faults.items()}
 
 
 def look(

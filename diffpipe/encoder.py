@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,7 @@ from diffpipe.models.base import DiffusionModel, Geometry
 from diffpipe.pipeline.memory.shortage import explained
 
 CLAIM = 8  # entries that a rank takes from the common work at a time
+TOLD = {"media": "media", "mask": "masks", "text": "captions", "negative": "negative prompts"}  # what a person is told of each kind
 
 ShowProgress = Callable[[Progress], None]
 
@@ -140,6 +142,19 @@ class _Decoder(Dataset[Any]):
             return index, MediaError(f"cannot be read: {fault.strerror or fault}", where=str(entry.file))
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a rank has done of the missing entries.
+
+    Attributes:
+        faults: what could not be decoded, by key.
+        done: how many entries of each kind, those that could not be decoded too.
+    """
+
+    faults: dict[str, MediaError]
+    done: Counter[str]
+
+
 class Encoder:
     """Encodes what this rank takes of the missing entries."""
 
@@ -148,12 +163,15 @@ class Encoder:
     ) -> None:
         self._config, self._model, self._device, self._claims = config, model, device, claims
         self._rank, self._world, self._progress = rank, world, progress
+        self._totals: dict[str, int] = {}
+        self._done = Counter[str]()
 
-    def run(self, tasks: Sequence[Task]) -> dict[str, MediaError]:
-        """Do it; gives what could not be decoded, by key. The encoders are in memory only meanwhile."""
-        by_kind = {kind: [t for t in tasks if t.kind == kind] for kind in ("media", "mask", "text", "negative")}
+    def run(self, tasks: Sequence[Task]) -> Share:
+        """Do it. The encoders are in memory only meanwhile."""
+        by_kind = {kind: [t for t in tasks if t.kind == kind] for kind in TOLD}
+        self._totals = {TOLD[kind]: len(each) for kind, each in by_kind.items() if each}
         if not tasks:
-            return {}
+            return Share({}, self._done)
         encoders: Any = self._model.load_encoders(self._device) if len(by_kind["mask"]) < len(tasks) else None
         faults: dict[str, MediaError] = {}
         try:
@@ -165,32 +183,43 @@ class Encoder:
             ):
                 self._media(by_kind["media"], encoders, writer, faults)
                 self._masks(by_kind["mask"], writer, faults)
-                self._texts(by_kind["text"], "captions", partial(self._model.encode_text, encoders), writer)
-                self._texts(by_kind["negative"], "negative prompts", partial(self._model.encode_negative, encoders), writer)
+                self._texts(by_kind["text"], TOLD["text"], partial(self._model.encode_text, encoders), writer)
+                self._texts(by_kind["negative"], TOLD["negative"], partial(self._model.encode_negative, encoders), writer)
         finally:
             del encoders
             gc.collect()
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        return faults
+        return Share(faults, self._done)
 
-    def _show(self, kind: str, count: int, total: int) -> None:
-        """Tell of ``count`` more entries."""
+    def end(self, shares: Sequence[Share]) -> None:
+        """Tell that all is done. Only when every rank is through is this known on all of them.
+
+        Args:
+            shares: of all ranks, in their order.
+        """
+        for kind, total in self._totals.items():
+            self._progress(Progress(f"encode {kind}", total, total, tuple(share.done[kind] for share in shares)))
+
+    def _show(self, kind: str, count: int) -> None:
+        """Tell of ``count`` more entries, if they are not the last."""
+        self._done[kind] += count
         self._claims.add_done(kind, self._rank, count)
         by_rank = self._claims.done(kind, self._world)
-        self._progress(Progress(f"encode {kind}", sum(by_rank), total, by_rank))
+        if sum(by_rank) < self._totals[kind]:
+            self._progress(Progress(f"encode {kind}", sum(by_rank), self._totals[kind], by_rank))
 
     def _media(self, tasks: Sequence[Task], encoders: Any, writer: ShardWriter, faults: dict[str, MediaError]) -> None:
         for group in _alike(self._decoded(tasks, "media", faults), self._config.data.encode_batch):
             made = self._model.encode_media(encoders, torch.stack([pixels for _, pixels in group]))
             for i, (task, _) in enumerate(group):
                 writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-            self._show("media", len(group), len(tasks))
+            self._show("media", len(group))
 
     def _masks(self, tasks: Sequence[Task], writer: ShardWriter, faults: dict[str, MediaError]) -> None:
         for task, mask in self._decoded(tasks, "masks", faults):
             writer.add(task.key, {"mask": mask})
-            self._show("masks", 1, len(tasks))
+            self._show("masks", 1)
 
     def _texts(self, tasks: Sequence[Task], kind: str, encode: Callable[[list[str]], Any], writer: ShardWriter) -> None:
         if not tasks:
@@ -202,7 +231,7 @@ class Encoder:
                 made = encode([t.text for t in group])
                 for i, task in enumerate(group):
                     writer.add(task.key, {name: tensor[i] for name, tensor in made.items()})
-                self._show(kind, len(group), len(tasks))
+                self._show(kind, len(group))
 
     def _decoded(self, tasks: Sequence[Task], kind: str, faults: dict[str, MediaError]) -> Iterator[tuple[Task, Tensor]]:
         """What this rank takes of the tasks, decoded by worker processes a little ahead of the encoder."""
@@ -228,7 +257,7 @@ class Encoder:
             task = tasks[index]
             if isinstance(pixels, MediaError):
                 faults[task.key] = pixels
-                self._show(kind, 1, len(tasks))
+                self._show(kind, 1)
             else:
                 yield task, pixels
 

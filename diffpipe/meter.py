@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import psutil
@@ -41,7 +42,7 @@ class Measured(NamedTuple):
 
 
 class Meter:
-    """Times the laps of a step on this rank; at its end all ranks tell each other.
+    """Times the laps of a step on this rank, and makes one record of what all ranks measured.
 
     Attributes:
         held: the most that this rank held on its device in the last step, in bytes; 0 on the CPU.
@@ -72,17 +73,24 @@ class Meter:
         self.laps[name] += now - self.lapped
         self.lapped = now
 
-    def record(self, step: int, batch: Batch, loss: float, norm: float, lr: float, skipped: int) -> StepRecord:
-        """The step that is over now, the same on every rank; called by all.
+    def measured(self, batch: Batch) -> list[float]:
+        """What this rank measured of the step that is over now, for all ranks to know; as many numbers on each."""
+        losses = self.pipeline.losses().tolist()
+        pairs = zip(batch.times, losses or [math.nan] * len(batch.times), strict=True)
+        return [*self._measured(), *(x for pair in pairs for x in pair)]
+
+    def record(
+        self, step: int, batch: Batch, told: Sequence[Sequence[float]], loss: float, norm: float, lr: float, skipped: int
+    ) -> StepRecord:
+        """The step that is over now, the same on every rank.
 
         Args:
+            told: what each rank ``measured``, in the order of ranks.
             loss, norm: of the whole step, the same on every rank.
             skipped: steps of the run so far that moved no weights.
         """
-        losses = self.pipeline.losses().tolist()
-        pairs = zip(batch.times, losses or [math.nan] * len(batch.times), strict=True)
-        rows = self.mesh.gather([*self._measured(), *(x for pair in pairs for x in pair)])
-        ranks, known = [Measured(*row[: len(Measured._fields)]) for row in rows], [row[len(Measured._fields) :] for row in rows]
+        cut = len(Measured._fields)
+        ranks, known = [Measured(*row[:cut]) for row in told], [row[cut:] for row in told]
         now = time.perf_counter()
         self.steps += 1
         return StepRecord(

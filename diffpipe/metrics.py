@@ -199,8 +199,8 @@ class Progress:
     """How far a task is.
 
     Attributes:
-        task: such as "scan", "encode media" or "load".
-        done, total: samples, or bytes of "load"; of all ranks together where they share the work.
+        task: such as "scan", "encode media", "preview steps" or "load".
+        done, total: samples, steps, or bytes of "load"; of all ranks together where they share the work.
         by_rank: how much each rank has done, empty where there is no sharing.
     """
 
@@ -217,7 +217,7 @@ class Pace:
         self.begun: dict[str, tuple[float, int]] = {}
 
     def of(self, progress: Progress) -> float:
-        """Samples or bytes a second; 0 while unknown."""
+        """Samples, steps or bytes a second; 0 while unknown."""
         now = monotonic()
         began, already = self.begun.setdefault(progress.task, (now, progress.done))
         if progress.done >= progress.total:
@@ -424,7 +424,7 @@ def described(progress: Progress, pace: float) -> str:
 
 
 def _counted(task: str, count: float) -> str:
-    """What is counted by a task: bytes when weights are loaded, else samples."""
+    """What is counted by a task: bytes when weights are loaded, else things."""
     if task != "load":
         return f"{count}" if isinstance(count, int) else f"{count:.3g}"
     return amount(count)

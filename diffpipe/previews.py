@@ -24,6 +24,8 @@ from diffpipe.pipeline.watch import Watch
 from diffpipe.prompts import Prompt, Prompts
 from diffpipe.sampling import Interrupted, Sampler
 
+TASK = "preview steps"  # of the scheduler, which say more than prompts where one takes minutes
+
 
 def open_prompts(config: Config, model: DiffusionModel, mesh: Mesh, sinks: Sinks, entries: Sequence[Prompt]) -> Prompts:
     """The prompts of previews, encoded first where the cache lacks them."""
@@ -92,17 +94,25 @@ class Previews:
 
     def _sampled(self, stop: Callable[[], bool]) -> dict[int, Tensor | DiffpipeError]:
         """Latents by the number of the prompt, or why there are none: of this replica's share, on its last stage."""
-        mesh, count = self.mesh, len(self.prompts)
+        mesh, count, steps = self.mesh, len(self.prompts), self.config.steps
         own = list(range(mesh.replica, count, mesh.replicas))
         # Ranks that gather weights together sample as often as each other; what one has too few of, it samples for nothing.
         spare = [0] if mesh.shards > 1 and len(own) < len(range(0, count, mesh.replicas)) else []
         made: dict[int, Tensor | DiffpipeError] = {}
+        total = steps * len(own)
+
+        def tell(done: int) -> None:
+            if done < total:
+                self.sinks.progress(Progress(TASK, done, total))
+
         for done, number in enumerate(own + spare):
             prompt = self.prompts[number]
-            self.sinks.progress(Progress("preview", done, len(own)))
+            tell(steps * done)
             try:
                 with explained(f"preview {number}, {prompt.bucket}, on stage {mesh.stage}", mesh.device, SMALLER_PREVIEWS):
-                    latents = self.sampler.sample(self.prompts.conditions(number), self.config, stop)
+                    latents = self.sampler.sample(
+                        self.prompts.conditions(number), self.config, stop, lambda step, before=steps * done: tell(before + step)
+                    )
             except Interrupted:
                 break
             except ShortageError as fault:
@@ -112,7 +122,7 @@ class Previews:
             else:
                 made |= {number: latents} if done < len(own) else {}
             _free(mesh.device)
-        self.sinks.progress(Progress("preview", len(own), len(own)))
+        self.sinks.progress(Progress(TASK, total, total))
         return made if mesh.stage == mesh.stages - 1 else {}
 
     def _shown(
@@ -126,6 +136,7 @@ class Previews:
         count = 0
         faults: dict[int, DiffpipeError] = {}
         decoder: Encoders | None = None
+        self.sinks.doing("decoding previews")
         for number, latents in sorted(found.items()):
             prompt = self.prompts[number]
             if stop():

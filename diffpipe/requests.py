@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Flag, auto
 from functools import reduce
 from operator import or_
@@ -29,6 +29,7 @@ class Request(Flag):
     QUIT = auto()
     INTERRUPT = auto()
     PREVIEW = auto()
+    WAIT = auto()  # with the name of the checkpoint under way, of which a rank has not written its part yet
 
 
 NOTHING = Request(0)
@@ -43,13 +44,25 @@ class Requests:
 
     def __init__(self, mesh: Mesh, sources: Sequence[Callable[[], Request]]) -> None:
         self.mesh, self.sources = mesh, sources
+        self.heard = NOTHING
+
+    def own(self) -> float:
+        """What this rank was asked for since the last call, as a number that travels with others."""
+        return float(reduce(or_, (source() for source in self.sources), NOTHING).value)
+
+    def hear(self, told: Iterable[float]) -> None:
+        """What each rank was asked for; called on all with the same numbers."""
+        asked = reduce(or_, (Request(int(number)) for number in told), NOTHING)
+        self.heard = self.heard & ~Request.WAIT | asked  # who had to be waited for may be through
+
+    def listen(self) -> None:
+        """Have all ranks tell each other once more, behind what takes long."""
+        self.hear(number for (number,) in self.mesh.gather([self.own()]))
 
     def agreed(self) -> Request:
-        """What any rank was asked for since the last call, the same on every rank."""
-        own = reduce(or_, (source() for source in self.sources), NOTHING)
-        kinds = list(Request)
-        flags = self.mesh.largest(*(float(kind in own) for kind in kinds))
-        return reduce(or_, (kind for kind, flag in zip(kinds, flags, strict=True) if flag), NOTHING)
+        """What was heard since the last call, the same on every rank."""
+        heard, self.heard = self.heard, NOTHING
+        return heard
 
 
 class Signals:

@@ -86,14 +86,23 @@ class Loop:
         self.loop = model.make_sampler(Denoiser(model.released_denoiser(), device, self._predict))
         self.shown: Tensors = {}  # of the last sample
 
-    def run(self, wanted: Conditions, config: PreviewConfig) -> Tensor:
-        """Latents as ``encode_media`` gives them, first dim 1, on the CPU."""
+    def run(self, wanted: Conditions, config: PreviewConfig, stepped: Callable[[int], None] = lambda number: None) -> Tensor:
+        """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
+
+        Args:
+            stepped: told behind each step of the scheduler how many are done.
+        """
         model = self.model
         blank = model.blank_media(wanted.frames, wanted.height, wanted.width)["latents"][None]
         noise = torch.randn(blank.shape, generator=torch.Generator().manual_seed(wanted.seed))
         rows = model.align([dict(row) for row in (wanted.text, wanted.negative) if row is not None])
         text, *negative = [self._batch(row) for row in rows]
         self.shown = self._batch(wanted.shown)
+
+        def behind(loop: Any, number: int, time: Any, latents: dict[str, Any]) -> dict[str, Any]:
+            stepped(number + 1)
+            return latents
+
         (made,) = self.loop(
             **model.conditions(text, negative[0] if negative else None, self.shown),
             **({"num_frames": wanted.frames} if model.geometry.fps else {}),
@@ -103,6 +112,7 @@ class Loop:
             num_inference_steps=config.steps,
             latents=model.pack(noise),
             generator=torch.Generator().manual_seed(wanted.seed),
+            callback_on_step_end=behind,
             output_type="latent",
             return_dict=False,
         )
@@ -128,8 +138,14 @@ class Sampler:
         self.loop = Loop(model, pipeline.mesh.device, self._predict)
         self.stop: Callable[[], bool] = lambda: False  # of the last sample
 
-    def sample(self, wanted: Conditions, config: PreviewConfig, stop: Callable[[], bool] = lambda: False) -> Tensor:
-        """Latents as ``encode_media`` gives them, first dim 1, on the CPU.
+    def sample(
+        self,
+        wanted: Conditions,
+        config: PreviewConfig,
+        stop: Callable[[], bool] = lambda: False,
+        stepped: Callable[[int], None] = lambda number: None,
+    ) -> Tensor:
+        """As ``Loop.run``.
 
         Args:
             stop: whether to give it up; asked before each prediction, and enough on any rank that computes with this one.
@@ -139,7 +155,7 @@ class Sampler:
             Interrupted: where it was given up.
         """
         self.stop = stop
-        return self.loop.run(wanted, config)
+        return self.loop.run(wanted, config, stepped)
 
     def _predict(self, microbatches: list[dict[str, Any]]) -> Tensor:
         if self.pipeline.mesh.any_partner(self.stop()):

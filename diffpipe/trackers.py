@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from diffpipe.config.schema import WandbConfig
@@ -17,6 +18,9 @@ from diffpipe.metrics import GIB, EvalRecord, PreviewRecord, RunRecord, Sink, Sp
 # Sections of the config that decide what is trained, or how fast.
 HYPERPARAMETERS = ("run", "mesh", "batch", "model", "objective", "adapter", "optimizer", "schedule", "data", "memory")
 BEST = "eval/best_loss"
+BALANCE = "time/balance"
+UNITS = {"time": "seconds", "startup": "seconds", "memory": "GiB"}  # by the group of a tag; all in it but the balance
+TITLE = 100  # letters of a prompt that head its picture
 HISTOGRAM_EVERY = 25  # records
 HISTOGRAM_OVER = 2000  # samples
 TENTHS = {n: f"{n / 10:.1f}-{(n + 1) / 10:.1f}" for n in range(10)}
@@ -30,7 +34,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
         f"train/loss/{record.bucket}": record.loss,
         "train/lr": record.lr,
         "train/grad_norm": record.grad_norm,
-        "train/epoch": record.epoch,
+        "train/epoch": record.epoch + 1,
         "train/samples_per_second": record.samples_per_second,
         "time/step": record.step_time,
         "time/left": record.left,
@@ -42,7 +46,7 @@ def scalars(record: StepRecord) -> dict[str, float]:
     values |= {f"time/{name}": part for name, part in record.split.parts().items()}
     values |= {f"loss_by_t/{TENTHS[n]}": sum(losses) / len(losses) for n, losses in by_tenth(record.by_time).items()}
     stages = record.stages if len(record.stages) > 1 else {}
-    values |= {"time/balance": record.balance} if stages else {}
+    values |= {BALANCE: record.balance} if stages else {}
     for stage, ranks in stages.items():
         values |= {f"time/{name}/stage{stage}": part for name, part in Split.mean([r.split for r in ranks]).parts().items()}
     for number, rank in enumerate(record.ranks if len(record.ranks) > 1 else ()):
@@ -84,38 +88,39 @@ class TensorBoardSink(Sink):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+        self.begun = resumed_at or 0
         self.by_time: deque[tuple[float, float]] = deque(maxlen=HISTOGRAM_OVER)
         self.records = self.last = 0
 
     def begin(self, run: RunRecord, ask: Callable[[Wish], None]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
-        given = dict(settings({section: run.config[section] for section in HYPERPARAMETERS}))
+        # In words: TensorBoard shows true as 1.0000.
+        config = {key: json.dumps(value) if isinstance(value, bool) else value for key, value in settings(run.config)}
+        given = {key: value for key, value in config.items() if key.partition(".")[0] in HYPERPARAMETERS}
         sets = [s["name"] for s in run.config["eval"]["sets"]]
         assert self.writer.file_writer is not None
         # SummaryWriter.add_hparams would make a run of its own beside this one.
         for summary in hparams(given, dict.fromkeys(["train/loss_smoothed", *(f"eval/{n}/loss" for n in sets)], 0.0)):
             self.writer.file_writer.add_summary(summary)
-        self.writer.add_text("run", f"{run.name}: {run.trains}", 0)
+        self.writer.add_text("run", f"{run.name}: {run.trains}", self.begun)
+        self.writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()), self.begun)
 
     def started(self, record: StartRecord) -> None:
-        for tag, value in start_scalars(record).items():
-            self.writer.add_scalar(tag, value, 0)
+        self._scalars(start_scalars(record), self.begun)
 
     def step(self, record: StepRecord) -> None:
-        for tag, value in scalars(record).items():
-            self.writer.add_scalar(tag, value, record.step)
+        self._scalars(scalars(record), record.step)
         self.by_time.extend(record.by_time)
         self.records, self.last = self.records + 1, record.step
         if self.records % HISTOGRAM_EVERY == 0:
             self._histogram()
 
     def evaluation(self, record: EvalRecord) -> None:
-        for tag, value in eval_scalars(record).items():
-            self.writer.add_scalar(tag, value, record.step)
+        self._scalars(eval_scalars(record), record.step)
 
     def best(self, step: int, loss: float) -> None:
-        self.writer.add_scalar(BEST, loss, step)
+        self._scalars({BEST: loss}, step)
 
     def preview(self, record: PreviewRecord) -> None:
         from tensorboard.compat.proto import summary_pb2
@@ -123,7 +128,7 @@ class TensorBoardSink(Sink):
         proto: Any = summary_pb2
         # What SummaryWriter.add_image makes of pixels; it takes no moving pictures.
         image = proto.Summary.Image(height=record.height, width=record.width, colorspace=3, encoded_image_string=record.thumbnail)
-        about = proto.SummaryMetadata(summary_description=record.prompt)
+        about = proto.SummaryMetadata(display_name=shorten(record.prompt, TITLE, placeholder=" ..."), summary_description=record.prompt)
         assert self.writer.file_writer is not None
         self.writer.file_writer.add_summary(
             proto.Summary(value=[proto.Summary.Value(tag=f"preview/{record.number}", image=image, metadata=about)]), record.step
@@ -133,6 +138,19 @@ class TensorBoardSink(Sink):
         if self.records % HISTOGRAM_EVERY:
             self._histogram()
         self.writer.close()
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers by tag, headed by their unit too; SummaryWriter.add_scalar takes no heading."""
+        from tensorboard.compat.proto import summary_pb2
+
+        proto: Any = summary_pb2
+        made = proto.Summary()
+        for tag, value in values.items():
+            unit = UNITS.get(tag.partition("/")[0]) if tag != BALANCE else None
+            about = proto.SummaryMetadata(display_name=f"{tag}, {unit}" if unit else "")
+            made.value.append(proto.Summary.Value(tag=tag, simple_value=value, metadata=about))
+        assert self.writer.file_writer is not None
+        self.writer.file_writer.add_summary(made, step)
 
     def _histogram(self) -> None:
         """The mean loss by tenth of t, of the last samples: what stands for a count is a loss."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -281,7 +282,7 @@ class Trainer:
         wishes = Wishes(self.run.folder, self.sinks.note, self.sinks.warn)
         with self.watch, Signals(self.sinks.note) as signals:
             self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
-            sources = [signals.take, self._asked_by_the_clock, *([wishes.take] if self.mesh.reporter else [])]
+            sources = [signals.take, self._asked_by_the_clock, self._asked_by_the_disk, *([wishes.take] if self.mesh.reporter else [])]
             try:
                 self._train(Requests(self.mesh, sources), signals.stopping.is_set)
             finally:
@@ -299,7 +300,7 @@ class Trainer:
             self.startup.lap("evaluation")
         while self.step < self.total:
             with told_of_death("data.workers"):
-                record = self.take_step()
+                record = self.take_step(requests)
             if (started := self.startup.ended(self.mesh)) is not None:
                 self.sinks.started(started)
             if self.step % config.metrics.every_steps == 0 or self.step == self.total:
@@ -307,8 +308,10 @@ class Trainer:
             last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
             if last or _due(self.step, config.eval.every_steps) or _due(epochs, config.eval.every_epochs):
                 self.evaluation.evaluate(self.step)
+                requests.listen()
             asked = requests.agreed()
-            self._finish_saving(wait=False)
+            if Request.WAIT not in asked:
+                self._finish_saving()
             exports = last or Request.EXPORT in asked
             if exports or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
                 self.export()
@@ -320,9 +323,10 @@ class Trainer:
             # Behind the checkpoint, for they may take longer than a machine is left to a run.
             previews = not ends and (last or _due(self.step, config.preview.every_steps) or _due(epochs, config.preview.every_epochs))
             if previews or Request.PREVIEW in asked:
+                self._finish_saving()  # which gives the checkpoint its name
                 self.preview(stopping, asked=Request.PREVIEW in asked)
             if last or ends:
-                self._finish_saving(wait=True)
+                self._finish_saving()
             if ends and not last:
                 if Request.INTERRUPT in asked:
                     raise Stopped(self.run.folder, self.step)
@@ -330,8 +334,12 @@ class Trainer:
                 self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked{goes_on}")
                 return
 
-    def take_step(self) -> StepRecord:
-        """Wait for a batch, run it, move the weights."""
+    def take_step(self, requests: Requests) -> StepRecord:
+        """Wait for a batch, run it, move the weights.
+
+        Beside what the passes and the averaging of gradients take, ranks wait for each other twice: before the weights move, for the loss
+        and the norm, and behind, for all else that they have to tell. Each is a round trip in which devices are idle.
+        """
         self.meter.begin()
         batch = next(self.feed)
         self.meter.lap("data", on_device=False)
@@ -339,14 +347,11 @@ class Trainer:
         if self.step + 1 < self.total:
             self.feed.fetch_ahead()
         set_rates(self.optimizer, factor(self.config.schedule, self.step + 1, self.total))
-        share = self._pass(batch)
-        gradients, norm = self._gradients()
-        if not torch.isfinite(norm) and self.pipeline.attention.retreat():
+        gradients, norm, (loss, grad_norm) = self._add_up(self._pass(batch))
+        if not math.isfinite(grad_norm) and self.pipeline.attention.retreat():
             self.sinks.warn(f"step {self.step + 1}: the gradient was not finite; repeated, and going on, without cuDNN's attention")
             self.optimizer.zero_grad(set_to_none=True)
-            share = self._pass(batch)
-            gradients, norm = self._gradients()
-        loss, grad_norm = self.mesh.sum(share.item())[0] / self.mesh.replicas, norm.item()
+            gradients, norm, (loss, grad_norm) = self._add_up(self._pass(batch))
         moves = self._may_move(loss, grad_norm, batch)
         if moves and self.config.optimizer.clip is not None:
             scale = (self.config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -360,7 +365,9 @@ class Trainer:
         self.step += 1
         self.watch.tick()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        record = self.meter.record(self.step, batch, loss, grad_norm, lr, self.guard.skipped)
+        told = self.mesh.gather([requests.own(), *self.meter.measured(batch)])
+        requests.hear(row[0] for row in told)
+        record = self.meter.record(self.step, batch, [row[1:] for row in told], loss, grad_norm, lr, self.guard.skipped)
         if self.comparison is not None and self.comparison.due(batch.bucket):
             lines = self.mesh.exchange(self.comparison.line(batch.bucket, self.meter.held))
             self.sinks.note(f"bucket {batch.bucket}: {'; '.join(lines[:: self.mesh.replicas])}")
@@ -371,7 +378,7 @@ class Trainer:
         try:
             skipped = self.guard.judge(self.step + 1, loss, norm, batch, self.pipeline.shares)
         except DiffpipeError:
-            self._finish_saving(wait=True)
+            self._finish_saving()
             raise
         if skipped is not None:
             self.sinks.note(skipped)
@@ -402,10 +409,12 @@ class Trainer:
         self.config = self.forecast.config
         return settings
 
-    def _gradients(self) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """This rank's gradients, averaged over the replicas, and the norm of all, those that were released with their units' too."""
+    def _add_up(self, share: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor, list[float]]:
+        """This rank's gradients, averaged over the replicas; the norm of all, those that were released with their units' too; and the loss
+        of the whole step with that norm, as numbers, for which the device is waited for once."""
         gradients, counted = self.pipeline.gradients()
-        return gradients, self.mesh.gradient_norm(counted, self.release.square())
+        loss, norm = self.mesh.loss_and_norm(share, counted, self.release.square())
+        return gradients, norm, torch.stack([loss, norm.double()]).tolist()
 
     def _explained(self, doing: str) -> AbstractContextManager[None]:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
@@ -413,7 +422,7 @@ class Trainer:
     def save(self) -> None:
         """Begin to write a checkpoint, and wait for it where it is not written in the background."""
         self.sinks.doing("writing a checkpoint")
-        self._finish_saving(wait=True)
+        self._finish_saving()
         self.pipeline.memory.settle()
         state = {
             "data": self.feed.state_dict(),
@@ -425,11 +434,12 @@ class Trainer:
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
         self.saved_at = time.monotonic()
-        self._finish_saving(wait=not self.config.checkpoint.background)
+        if not self.config.checkpoint.background:
+            self._finish_saving()
 
-    def _finish_saving(self, wait: bool) -> None:
+    def _finish_saving(self) -> None:
         with self.watch.patient():
-            saved = self.checkpoints.finish(wait)
+            saved = self.checkpoints.finish()
         if saved is not None:
             self.sinks.note(f"training stood still {saved.stalled:.3f} s for a checkpoint")
             self.sinks.written("checkpoint", saved.path)
@@ -461,6 +471,9 @@ class Trainer:
         """Whether a checkpoint is due by the clock of this rank; the first whose minutes are up asks for all."""
         minutes = self.config.checkpoint.every_minutes
         return Request.CHECKPOINT if minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes else NOTHING
+
+    def _asked_by_the_disk(self) -> Request:
+        return Request.WAIT if self.checkpoints.is_writing() else NOTHING
 
 
 def total_steps(config: Config, sampler: StepSampler) -> int:

@@ -216,9 +216,12 @@ def test_ranks_share_the_encoding_and_get_the_same_samples(tmp_path: Path, media
     assert log_of(model) == {"loaded": 3, "media": 6, "text": 5}
     for samples, report in got:
         assert same(samples, alone) and samples.entries == alone.entries and report.encoded == 11
-    # Whoever was last saw everybody's work.
-    last = max((p for each in told for p in each if p.task == "encode captions"), key=lambda p: p.done)
-    assert last.done == last.total == sum(last.by_rank) == 5 and len(last.by_rank) == 3
+    # Each is told of the end once, whoever was last.
+    for each in told:
+        for task, total in (("encode media", 6), ("encode captions", 5)):
+            *before, last = [p for p in each if p.task == task]
+            assert last.done == last.total == sum(last.by_rank) == total and len(last.by_rank) == 3
+            assert all(p.done < total for p in before)
 
 
 def test_all_ranks_fail_alike_when_one_meets_a_fault(tmp_path: Path, media: Path) -> None:

@@ -45,6 +45,20 @@ def one(world: World, home: Path) -> Records:
     return records(world, home / "one", 1, "mesh.stages=1", "batch.accumulate=4", *streamed)
 
 
+@pytest.fixture(scope="module")
+def both(world: World, home: Path) -> Records:
+    return records(world, home / "both", 4, "mesh.stages=2", "mesh.replicate=2", "batch.micro=1")
+
+
+def test_in_a_step_ranks_tell_each_other_twice_and_average_gradients_once(
+    one: Records, stages: Records, replicas: Records, both: Records
+) -> None:
+    # The first tells of the start too. Each more would be a round trip in which all devices of a large mesh are idle.
+    told, averaged = ["allgather_", "allgather_"], ["allreduce_"]
+    for run, expected in ((one, []), (stages, told), (replicas, averaged + told), (both, averaged + told)):
+        assert [record["collectives"] for record in run[1:]] == [expected, expected]
+
+
 def test_the_parts_of_every_ranks_time_are_the_step(one: Records, stages: Records, replicas: Records) -> None:
     for record in (*one, *stages, *replicas):
         for rank in record["ranks"]:

@@ -36,7 +36,10 @@ def sampled(config: Config, **given: Any) -> tuple[DiffusionModel, Conditions, T
     with open_mesh(config.mesh) as mesh:
         model, pipeline = opened(config, mesh)
         wanted = conditions_of(model, **given)
-        return model, wanted, Sampler(model, pipeline).sample(wanted, config.preview)
+        stepped: list[int] = []
+        latents = Sampler(model, pipeline).sample(wanted, config.preview, stepped=stepped.append)
+        assert stepped == [*range(1, config.preview.steps + 1)], "each step is told of, in every family"
+        return model, wanted, latents
 
 
 def released(model: DiffusionModel, folder: Path, wanted: Conditions, **given: Any) -> Tensor:

@@ -99,6 +99,11 @@ def test_a_run_folder_holds_what_the_docs_promise(command: Command, tmp_path: Pa
     assert bins.step == 2 and bins.histogram_value.bucket_limit[:3] == pytest.approx([0.1, 0.2, 0.3])
     given = b"".join(events.SummaryMetadata(tag).plugin_data.content for tag in events.summary_metadata if tag.startswith("_hparams_"))
     assert b"model.family" in given and b"output_dir" not in given
+    headings = {tag: events.SummaryMetadata(tag).display_name for tag in ("time/left", "memory/host", "startup/encode", "train/loss")}
+    assert list(headings.values()) == ["time/left, seconds", "memory/host, GiB", "startup/encode, seconds", ""]
+    assert [events.Scalars("train/epoch")[0].value, b"true" in given] == [1, True]
+    (text,) = events.Tensors("config/text_summary")
+    assert b"\n    eval.quantiles: [0.5]\n" in text.tensor_proto.string_val[0]
 
 
 def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_path: Path) -> None:

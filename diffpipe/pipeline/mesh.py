@@ -92,10 +92,13 @@ class Mesh:
         """Every rank's numbers, as many on each, in the order of ranks."""
         if self.world == 1:
             return [list(values)]
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
-        all_ranks = [torch.empty_like(own) for _ in range(self.world)]
-        dist.all_gather(all_ranks, own)
-        return torch.stack(all_ranks).tolist()
+        return self._gathered(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+
+    def _gathered(self, own: Tensor) -> Tensor:
+        """Every rank's tensor, of one shape on all, in the order of ranks along a new first dim."""
+        every = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(every, own)
+        return torch.stack(every)
 
     def exchange(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of ranks."""
@@ -120,27 +123,35 @@ class Mesh:
             raise box[0]
         return box[0]
 
-    def gradient_norm(self, gradients: Sequence[Tensor], more: Tensor | float = 0.0) -> Tensor:
-        """The L2 norm of all stages' gradients together, in float32; of sharded ones, of all shards.
+    def loss_and_norm(self, share: Tensor, gradients: Sequence[Tensor], more: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """What a step must know before it moves the weights, the same on every rank, for which ranks tell each other once.
 
         Args:
+            share: float32, the loss on the last stage of each pipeline, 0 on the others.
+            gradients: this rank's, of whole weights averaged over the replicas.
             more: this stage's squared norm of those that are gone already.
+
+        Returns:
+            The mean of the replicas' losses, in float64; and the L2 norm of all stages' gradients together, of sharded ones of all shards,
+            in float32.
         """
-        square = self._square([g for g in gradients if not isinstance(g, DTensor)]) + more
-        if self.axes is not None:
-            sharded = self._square([g for g in gradients if isinstance(g, DTensor)])
-            dist.all_reduce(sharded, group=self.axes.get_group("shard"))
-            square = square + sharded
-        if self.stages > 1:
-            dist.all_reduce(square, group=self.stage_group)
-        return square.sqrt()
+        whole = self._square([g for g in gradients if not isinstance(g, DTensor)]) + more
+        sharded = self._square([g for g in gradients if isinstance(g, DTensor)])
+        own = torch.stack([share, whole, sharded])
+        every = (self._gathered(own) if self.world > 1 else own).view(self.stages, -1, self.shards, 3)
+        # Replicas have the same gradients; those of one, so that all ranks clip alike whatever they compute on.
+        squares = every[:, 0, 0, 1] + every[:, 0, :, 2].sum(1)
+        return every[..., 0].double().sum() / self.replicas, squares.sum().sqrt()
 
     def _square(self, gradients: Sequence[Tensor]) -> Tensor:
         norms = [torch.linalg.vector_norm(local(g), dtype=torch.float32) for g in gradients]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
 
     def sum_over_stages(self, tensor: Tensor) -> None:
-        """Replace a tensor that every stage has, or a shard of it, by its sum."""
+        """Replace a tensor that every stage has, or a shard of it, by its sum.
+
+        One at a time: few models have any, and in one flat tensor the stages would be added up in another order.
+        """
         dist.all_reduce(local(tensor), group=self.stage_group)
 
     def any_partner(self, flag: bool) -> bool:

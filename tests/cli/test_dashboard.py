@@ -72,6 +72,21 @@ def test_80_columns_hold_all_that_is_asked_of_a_dashboard() -> None:
         assert wanted in text
 
 
+def test_a_warning_is_read_whole_and_lines_break_between_words() -> None:
+    board, _ = shown(80, 24)
+    assert board.view is not None
+    console, path = board.live.console, "/" + 90 * "p"
+    told = "preview 1 of step 30 is left out (4 so far): memory: the memory of cuda:0 ran out in decoding preview 1, 1x1024x1024"
+    with console.capture() as captured:
+        board.warn(f"{told}\n  fix: smaller preview.width")
+        board.note(f"preview {path}")
+        console.print(picture(board.view, console, console.options))
+    first, second, fix, note, folded, *drawn = (line.strip(" │") for line in captured.get().splitlines())
+    assert (f"{first} {second}", fix) == (f"warning: {told}", "fix: smaller preview.width")
+    assert (note, folded) == ("preview", path), "a path is left to the terminal to break"
+    assert drawn[-4] == "1 earlier warning in log.txt" and f"{drawn[-3]} {drawn[-2]}" == f"warning: {told}"
+
+
 def test_a_tall_terminal_shows_the_curve_and_the_losses_by_t_and_bucket_too() -> None:
     tall, small = ("\n".join(shown(120, height)[1]) for height in (40, 24))
     for more in ("0.0-0.1", "10.0000", "bucket 81x480x832 1", "1.0250 "):

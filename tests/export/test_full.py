@@ -168,7 +168,7 @@ def test_an_export_from_a_checkpoint_is_the_export_while_training(
         live = export_weights(config, model_of(config), module, mesh, tmp_path / "live", ["diffusers", "comfyui"])
         checkpoints = Checkpoints(run / "checkpoints", mesh, CheckpointConfig(), pinned=False)
         checkpoints.save(7, module, optimizer, {})
-        checkpoints.finish(wait=True)
+        checkpoints.finish()
     (run / CONFIG).write_bytes(dump(config))
     later = export_run(run, formats=["diffusers", "comfyui"])
     assert {p.parent for p in later} == {run / "exports" / "step-00000007"}

@@ -56,13 +56,12 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
             log.check()
             _, counted = pipeline.gradients()
         assert collectives.names == ["allreduce_"] * log.collectives(), collectives.names
-        norm = mesh.gradient_norm(counted)
+        loss, norm = mesh.loss_and_norm(share, counted)
         gradients = {n: p.grad for n, p in part.named_parameters() if p.grad is not None}
-        loss = mesh.sum(share.item())[0] / mesh.replicas
         total = torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
         total.backward()
         expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
-        torch.testing.assert_close(torch.tensor(loss), total.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss.float(), total.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm(), rtol=1e-4, atol=1e-6)
         held = {n for n, p in part.named_parameters() if p.requires_grad and n in expected}
         assert gradients.keys() == held, sorted(gradients.keys() ^ held)[:4]
@@ -145,9 +144,10 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
         losses, norms, schedules = [], [], []
         for step in range(3):
             batch = [microbatch(model, seed=100 * step + 10 * mesh.replica + i, count=1) for i in range(MICROBATCHES)]
-            losses.append(pipeline.train(batch).item())
+            share = pipeline.train(batch)
+            losses.append(share.item())
             _, counted = pipeline.gradients()
-            norms.append(mesh.gradient_norm(counted, release.square()))
+            norms.append(mesh.loss_and_norm(share, counted, release.square())[1])
             release.step_rest()
             schedules.append(pipeline.kept.held)
         assert all(schedule is schedules[0] for schedule in schedules), "a step of the same shapes has the schedule of the last"

@@ -60,12 +60,12 @@ def compare(case: str, config: Config, mesh: Mesh) -> None:
         held_out = mesh.sum(pipeline.evaluate(every[:1]).item())[0] / mesh.replicas
         share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
         _, counted = pipeline.gradients()
-        norm = mesh.gradient_norm(counted)
+        loss, norm = mesh.loss_and_norm(share, counted)
         losses = [sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]
         torch.stack(losses).mean().backward()
         reached = [p.grad for p in expected.values() if p.grad is not None]
         near(torch.tensor(held_out), losses[0].detach(), f"{case} evaluation")
-        near(torch.tensor(mesh.sum(share.item())[0] / mesh.replicas), torch.stack(losses).mean().detach(), f"{case} loss")
+        near(loss.float(), torch.stack(losses).mean().detach(), f"{case} loss")
         near(norm, torch.stack([g.norm() for g in reached]).norm(), f"{case} norm")
         for parameters in (pipeline.trained, expected):
             for p in parameters.values():

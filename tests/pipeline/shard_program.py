@@ -63,10 +63,10 @@ def compare(family: str, kind: str, reshard: bool, mesh: Mesh, checkpoint: Path)
         share = pipeline.train(batch)
         log.check(reshard, trains=kind == "full")
         gradients, counted = pipeline.gradients()
-        loss, norm = mesh.sum(share.item())[0] / mesh.replicas, mesh.gradient_norm(counted)
+        loss, norm = mesh.loss_and_norm(share, counted)
         total = torch.stack([sum_errors(one(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
         total.backward()
-        torch.testing.assert_close(torch.tensor(loss), total.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(loss.float(), total.detach(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in weights.values() if p.grad is not None]).norm())
         names = [n for n, p in part.named_parameters() if p.requires_grad]
         for name, gradient in zip(names, gradients, strict=True):
