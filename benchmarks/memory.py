@@ -1,9 +1,11 @@
 """Speed and memory of training at real size under memory policies, on one GPU, with random weights: LoRA of rank 32, or in full.
 
-    python benchmarks/memory.py [CASE ...] [--steps 7]
+    python -m benchmarks.memory [CASE ...] [--steps 7]
+    python -m benchmarks.memory [CASE ...] --foresee H200
 
 Prints for each case seconds a step (median after three steps), the largest memory allocated from the fourth step on, what the planner
-predicted of both, host memory that streams use, and what was copied. Each case runs in a process of its own.
+predicted of both, host memory that streams use, and what was copied. Each case runs in a process of its own. With ``--foresee`` nothing is
+run, and no GPU is needed: what the planner predicts for a card is printed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import time
 
 import torch
 
-from benchmarks.synthetic import Config, make_random, microbatches
+from benchmarks.synthetic import Config, DiffusionModel, make_random, microbatches
+from diffpipe.metrics import amount
+from diffpipe.pipeline.memory.estimate import Estimate
 
 FLUX = ("flux", 1024, 1024, 1)
 WAN = ("wan", 512, 512, 81)
@@ -43,16 +47,9 @@ STEPPING = {"wan-least": RELEASED}
 WARM = 3  # steps that compile, and find out in which order weights come
 
 
-def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "fa4") -> dict[str, float]:
-    """One case in this process."""
-    from diffpipe.optim import make_optimizer, set_rates
-    from diffpipe.pipeline.build import build
-    from diffpipe.pipeline.memory.cards import find_card
-    from diffpipe.pipeline.mesh import open_mesh
-    from diffpipe.pipeline.rehearsal import Rehearsal
-
-    (family, height, width, frames), count, memory = CASES[name]
-    config = Config.model_validate(
+def config_of(name: str, steps: int, extra: dict, attention: str) -> Config:
+    (family, *_), count, memory = CASES[name]
+    return Config.model_validate(
         {
             "run": {"steps": steps},
             "model": {"family": family, "trainable_dtype": "bfloat16", "attention": attention},
@@ -63,8 +60,27 @@ def run(name: str, steps: int, extra: dict, profile: bool, attention: str = "fa4
             "memory": {**memory, **extra},
         }
     )
+
+
+def foreseen(name: str, config: Config, model: DiffusionModel, card: str | None) -> Estimate:
+    """What the planner predicts of a case's steps on a card, by default the one that is there."""
+    from diffpipe.pipeline.memory.cards import find_card
+    from diffpipe.pipeline.rehearsal import Rehearsal
+
+    height, width, frames = CASES[name][0][1:]
+    device = torch.device("cpu" if card else "cuda")
+    return Rehearsal(config, model, 0, find_card(card, device)).estimate((frames, height, width), config.memory)
+
+
+def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float]:
+    """One case in this process."""
+    from diffpipe.optim import make_optimizer, set_rates
+    from diffpipe.pipeline.build import build
+    from diffpipe.pipeline.mesh import open_mesh
+
+    (_, height, width, frames), count, _ = CASES[name]
     model = make_random(config)
-    predicted = Rehearsal(config, model, 0, find_card(None, torch.device("cuda"))).estimate((frames, height, width), config.memory)
+    predicted = foreseen(name, config, model, None)
     print(f"  predicted {predicted.told()}, {predicted.seconds:.3f} s", flush=True)
     begun = time.perf_counter()
     with open_mesh(config.mesh) as mesh:
@@ -115,10 +131,17 @@ def main() -> None:
     options.add_argument("--attention", default="fa4", choices=["sdpa", "fa4", "cudnn"], help="kernels, as model.attention")
     options.add_argument("--profile", action="store_true", help="print where a step's time goes on the device")
     options.add_argument("--here", action="store_true", help="run in this process and print JSON")
+    options.add_argument("--foresee", metavar="CARD", help="run nothing, and print what the planner predicts for the card")
     given = options.parse_args()
     extra = {k: json.loads(v) for k, _, v in (s.partition("=") for s in given.set)}
+    configs = {name: config_of(name, given.steps, extra, given.attention) for name in given.cases}
     if given.here:
-        print(json.dumps(run(given.cases[0], given.steps, extra, given.profile, given.attention)))
+        print(json.dumps(run(given.cases[0], configs[given.cases[0]], given.steps, given.profile)))
+        return
+    if given.foresee:
+        for name, config in configs.items():
+            found = foreseen(name, config, make_random(config), given.foresee)
+            print(f"{name:22} {found.seconds:.3f} s, {found.told()}, to device {amount(found.to_device)} a step", flush=True)
         return
     print(torch.cuda.get_device_name(), torch.__version__, flush=True)
     for name in given.cases:
