@@ -113,6 +113,7 @@ class Loop:
             latents=model.pack(noise),
             generator=torch.Generator().manual_seed(wanted.seed),
             callback_on_step_end=behind,
+            callback_on_step_end_tensor_inputs=[],  # for any, the loop would keep all that it holds until the next step is over
             output_type="latent",
             return_dict=False,
         )

@@ -539,9 +539,8 @@ class MemoryConfig(Section):
     swap: Annotated[int, Field(ge=0)] | Literal["all", "auto"] = Field(
         default=0,
         description="Blocks of each stage whose weights lie in host memory and stream to the device as they are used; `auto` is as few as"
-        " fit budget, or without one what is free on the device at the start. With compile, frozen weights that a backward pass does not"
-        " read, such as those of modulations, come for the forward pass alone. Weights that train are stepped as by optimizer.release,"
-        " their state kept as by optimizer.offload; that needs optimizer.clip null.",
+        " fit budget, or without one what is free on the device at the start. Weights that train are stepped as by optimizer.release, their"
+        " state kept as by optimizer.offload; that needs optimizer.clip null.",
     )
     room: float | None = Field(
         default=None, gt=0, description="MiB on the device that streamed weights share; null is what two blocks take, the least there is."
