@@ -157,7 +157,8 @@ class _Planner:
             offset = self.held[use.unit].offset
             self.held[use.unit] = Place(offset)
             self.plan.moved += size - self.parts[use.unit]
-            return Load(use.unit, offset, START, Share.REST)  # the place is the unit's already
+            # The place is the unit's already; its last visit may have read more than was foreseen.
+            return Load(use.unit, offset, self.last.get(use.unit, START), Share.REST)
         found = self._place(use.unit, i, forced)
         if found is None:
             assert not forced, "the arena holds the largest unit"

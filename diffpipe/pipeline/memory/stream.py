@@ -244,7 +244,7 @@ class Stream:
             return
         self.trace[-1] = Use(unit)
         if self.plan is not None and unit in self.spared:
-            self._copy(Load(unit, self.bound[unit], START, Share.REST))
+            self._copy(Load(unit, self.bound[unit], len(self.trace) - 2, Share.REST))  # behind the visit before this one, if any
             self._use(unit, self.bound[unit])
 
     def leave(self, changed: bool = False) -> None:
