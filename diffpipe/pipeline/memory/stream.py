@@ -251,12 +251,12 @@ class Stream:
         """The work of the unit that was entered last is queued.
 
         Args:
-            changed: whether it changes the weights, so that they must go home.
+            changed: whether it steps what the unit trains: weights of its home must then go there.
         """
         if self.inside is None:
             return
         visit, unit, self.inside = len(self.trace) - 1, self.inside, None
-        if changed:
+        if changed and self.homes[unit].trained:
             self._write_back(unit)
             self.done[visit] = self.written[unit]
         else:
