@@ -3,19 +3,66 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import bitsandbytes.functional as F
 import torch
 from bitsandbytes.optim import AdamW8bit
 from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 BLOCK = 256  # elements that share a scale in the library's 8-bit state
 SMALL = 1 << 20  # elements up to which a parameter is stepped together with others
 PACK = 1 << 24  # elements that are stepped at once
 PACKED = ("state1", "state2", "absmax1", "absmax2")
-Packed = list[tuple[nn.Parameter, dict[str, Any]]]
+
+
+class Pack:
+    """Small parameters that are stepped as one.
+
+    Args:
+        parameters: of one type, on one device, that have moved equally often.
+        states: what the optimizer keeps of each.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], states: list[dict[str, Any]]) -> None:
+        self.parameters, self.states = parameters, states
+
+    def fits(self, optimizer: AdamW8bit) -> bool:
+        """Whether it still is what the optimizer keeps."""
+        count = self.states[0]["step"]
+        pairs = zip(self.parameters, self.states, strict=True)
+        return all(state["step"] == count and optimizer.state[p] is state for p, state in pairs)
+
+    def weights(self) -> Tensor:
+        """All weights side by side, as one would step a single one."""
+        return _flatten_dense_tensors(tuple(self.parameters))
+
+    def gradients(self) -> Tensor:
+        """All gradients side by side."""
+        return _flatten_dense_tensors([p.grad for p in self.parameters if p.grad is not None])
+
+    def put(self, weights: Tensor) -> None:
+        """Let the parameters be these, side by side."""
+        torch._foreach_copy_(tuple(self.parameters), _unflatten_dense_tensors(weights, tuple(self.parameters)))
+
+    def entry(self, name: str) -> Tensor:
+        """An entry of all states as one flat tensor, whose views the states' own are from then on."""
+        tensors: list[Tensor] = [state[name] for state in self.states]
+        first = tensors[0]
+        place, offset = first.data_ptr(), first.storage_offset()
+        for t in tensors:
+            if t.data_ptr() != place or t.storage_offset() != offset:  # next to each other, and not by chance
+                break
+            place, offset = place + t.nbytes, offset + t.numel()
+        else:
+            return first.as_strided((offset - first.storage_offset(),), (1,))
+        flat = _flatten_dense_tensors(tuple(tensors))
+        for state, part in zip(self.states, _unflatten_dense_tensors(flat, tuple(tensors)), strict=True):
+            state[name] = part
+        return flat
 
 
 class PackedAdamW8bit(AdamW8bit):
@@ -25,37 +72,48 @@ class PackedAdamW8bit(AdamW8bit):
     if it were stepped alone, since blocks that share a scale never cross from one parameter to the next.
     """
 
+    @cached_property
+    def packs(self) -> dict[tuple[int, ...], list[Pack]]:
+        """What was packed, by the parameters that moved."""
+        return {}
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Move every weight that has a gradient."""
         for number, group in enumerate(self.param_groups):
-            for place, p in enumerate(group["params"]):
-                if p.grad is not None and not self.state[p]:
+            moving = {place: p for place, p in enumerate(group["params"]) if p.grad is not None}
+            for place, p in moving.items():
+                if not self.state[p]:
                     self.init_state(group, p, number, place)
-            packs = list(_packs(self, group))
-            packed = {p for pack in packs for p, _ in pack}
+            packs = self._packed(list(moving.values()))
+            packed = {p for pack in packs for p in pack.parameters}
             for pack in packs:
                 self.move_pack(pack, group)
-            for place, p in enumerate(group["params"]):
-                if p.grad is not None and p not in packed:
+            for place, p in moving.items():
+                if p not in packed:
                     self.update_step(group, p, number, place)
 
-    def move_pack(self, pack: Packed, group: dict[str, Any]) -> None:
-        """Step the parameters of a pack as one."""
-        weights = _joined([p for p, _ in pack])
-        self.move(weights, pack, group, group["weight_decay"])
-        _apart(weights, [p for p, _ in pack])
+    def _packed(self, parameters: list[nn.Parameter]) -> list[Pack]:
+        key = tuple(id(p) for p in parameters)
+        if key not in self.packs or not all(pack.fits(self) for pack in self.packs[key]):
+            self.packs[key] = list(_packs(self, parameters))
+        return self.packs[key]
 
-    def move(self, weights: Tensor, pack: Packed, group: dict[str, Any], decay: float) -> None:
+    def move_pack(self, pack: Pack, group: dict[str, Any]) -> None:
+        """Step the parameters of a pack as one."""
+        weights = pack.weights()
+        self.move(weights, pack, group, group["weight_decay"])
+        pack.put(weights)
+
+    def move(self, weights: Tensor, pack: Pack, group: dict[str, Any], decay: float) -> None:
         """Step ``weights``, as long as the pack's parameters together, by their gradients."""
-        states = [state for _, state in pack]
-        flat = {name: side_by_side(states, name) for name in PACKED}
-        first = states[0]
-        for state in states:
+        flat = {name: pack.entry(name) for name in PACKED}
+        first = pack.states[0]
+        for state in pack.states:
             state["step"] += 1
         F.optimizer_update_8bit_blockwise(
             self.optimizer_name,
-            torch.cat([p.grad.reshape(-1) for p, _ in pack if p.grad is not None]),
+            pack.gradients(),
             weights,
             flat["state1"],
             flat["state2"],
@@ -74,45 +132,24 @@ class PackedAdamW8bit(AdamW8bit):
         )
 
 
-def _packs(optimizer: AdamW8bit, group: dict[str, Any]) -> Iterator[Packed]:
-    """Small parameters with 8-bit state that can be stepped as one, of one type, device and number of steps."""
-    kinds: dict[Any, Packed] = {}
+def _packs(optimizer: AdamW8bit, parameters: Sequence[nn.Parameter]) -> Iterator[Pack]:
+    """Small parameters with 8-bit state that can be stepped as one."""
+    kinds: dict[Any, list[nn.Parameter]] = {}
     counts: Counter[Any] = Counter()  # elements of each
-    for p in group["params"]:
-        state = optimizer.state.get(p)
-        if p.grad is None or not state or "absmax1" not in state or p.numel() > SMALL or p.numel() % BLOCK:
+
+    def packed(key: Any) -> Pack:
+        chosen = kinds.pop(key)
+        del counts[key]
+        return Pack(chosen, [optimizer.state[p] for p in chosen])
+
+    for p in parameters:
+        state = optimizer.state[p]
+        if p.grad is None or "absmax1" not in state or p.numel() > SMALL or p.numel() % BLOCK:
             continue
         key = (p.dtype, p.grad.dtype, p.device, state["step"])
         if key in kinds and counts[key] + p.numel() > PACK:
-            yield kinds.pop(key)
-            del counts[key]
-        kinds.setdefault(key, []).append((p, state))
+            yield packed(key)
+        kinds.setdefault(key, []).append(p)
         counts[key] += p.numel()
-    yield from kinds.values()
-
-
-def side_by_side(states: list[dict[str, Any]], name: str) -> Tensor:
-    """An entry of several states as one flat tensor, whose views the entries are from then on."""
-    tensors = [state[name] for state in states]
-    first, total = tensors[0], sum(t.numel() for t in tensors)
-    storage = first.untyped_storage()
-    place = first.data_ptr()
-    for t in tensors:
-        if t.data_ptr() != place or t.untyped_storage().data_ptr() != storage.data_ptr():
-            break
-        place += t.nbytes
-    else:
-        return first.new_empty(0).set_(storage, first.storage_offset(), (total,))
-    flat = _joined(tensors)
-    for state, part, t in zip(states, flat.split([t.numel() for t in tensors]), tensors, strict=True):
-        state[name] = part.view(t.shape)
-    return flat
-
-
-def _joined(tensors: list[Any]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def _apart(flat: Tensor, tensors: list[nn.Parameter]) -> None:
-    parts = flat.split([t.numel() for t in tensors])
-    torch._foreach_copy_([t.data for t in tensors], [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
+    for key in [*kinds]:
+        yield packed(key)

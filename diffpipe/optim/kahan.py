@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpipe.optim.eight_bit import Packed, PackedAdamW8bit, side_by_side
+from diffpipe.optim.eight_bit import Pack, PackedAdamW8bit
 
 
 class AdamW8bitKahan(PackedAdamW8bit):
@@ -37,11 +37,11 @@ class AdamW8bitKahan(PackedAdamW8bit):
             group["weight_decay"], p.data = decay, weight
         _pay(owed, weight)
 
-    def move(self, weights: torch.Tensor, pack: Packed, group: dict[str, Any], decay: float) -> None:
+    def move(self, weights: torch.Tensor, pack: Pack, group: dict[str, Any], decay: float) -> None:
         if weights.dtype == torch.float32:
             super().move(weights, pack, group, decay)
             return
-        owed = side_by_side([state for _, state in pack], "compensation")
+        owed = pack.entry("compensation")
         _decay(owed, weights, group)
         super().move(owed, pack, group, 0.0)
         _pay(owed, weights)

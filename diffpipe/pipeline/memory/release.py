@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import zip_longest
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class Release:
                 p.grad = None
             return False
         self.average(moving)
-        self.squares += [torch.linalg.vector_norm(_gradient(p), dtype=torch.float32).square() for p in moving]
+        norms = torch._foreach_norm([_gradient(p) for p in moving], dtype=torch.float32)
+        self.squares.append(torch.stack(norms).square().sum())
         self._step(unit)
         return True
 
@@ -140,6 +142,7 @@ class Release:
         if unit not in self.away:
             return
         found = [(state, k) for p in self.units[unit] for state in [self.optimizer.state.get(p, {})] for k in state]
+        found.sort(key=itemgetter(1))
         # A resumed run has all of it on the host, where its parameters lie between steps; counts of steps stay there.
         found = [(s, k) for s, k in found if _moves(s[k]) or (isinstance(s[k], Tensor) and s[k].ndim and s[k].device != self.ferry.device)]
         places, self.come[unit] = self.ferry.bring([s[k] for s, k in found])
@@ -147,16 +150,14 @@ class Release:
             state[key] = place
 
     def _send_state(self, unit: int) -> None:
-        tensors, hosts = [], []
-        for p in self.units[unit]:
-            state, kept = self.optimizer.state.get(p, {}), self.states.setdefault(p, {})
-            for key, value in state.items():
-                if _moves(value):
-                    tensors.append(value)
-                    kept[key] = kept[key] if key in kept else self.ferry.host_like(value)
-                    hosts.append(kept[key])
-                    state[key] = kept[key]
-        self.ferry.send(tensors, hosts)
+        found = [(p, key, value) for p in self.units[unit] for key, value in self.optimizer.state.get(p, {}).items() if _moves(value)]
+        found.sort(key=itemgetter(1))  # entries of one name may lie side by side
+        for p, key, value in found:
+            kept = self.states.setdefault(p, {})
+            if key not in kept:
+                kept[key] = self.ferry.host_like(value)
+            self.optimizer.state[p][key] = kept[key]
+        self.ferry.send([value for _, _, value in found], [self.states[p][key] for p, key, _ in found])
 
     def _wait(self, event: Any) -> None:
         self.ferry.streams.current_stream(self.ferry.device).wait_event(event)
