@@ -29,15 +29,15 @@ class HostMemory:
     def take(self, count: int) -> Tensor:
         """A part of ``count`` bytes."""
         size = -(-count // ALIGNED) * ALIGNED
-        rest = next((r for r in self.rests if r.numel() >= size), None)
-        if rest is None:
+        place = next((i for i, r in enumerate(self.rests) if r.numel() >= size), len(self.rests))
+        if place == len(self.rests):
             # As much as there is already, within bounds: few buffers, and never more than twice what is used.
-            rest = torch.empty(_power(max(size, min(max(self.taken, SMALLEST), LARGEST))), dtype=torch.uint8, pin_memory=self.pinned)
-            self.taken += rest.numel()
-        else:
-            self.rests = [r for r in self.rests if r is not rest]
-        if rest.numel() > size:
-            self.rests.append(rest[size:])
+            buffer = _power(max(size, min(max(self.taken, SMALLEST), LARGEST)))
+            self.rests.append(torch.empty(buffer, dtype=torch.uint8, pin_memory=self.pinned))
+            self.taken += buffer
+        rest = self.rests[place]
+        # In its place: what is taken next lies behind it, and may travel with it.
+        self.rests[place : place + 1] = [rest[size:]] if rest.numel() > size else []
         return rest[:count]
 
     def like(self, tensor: Tensor) -> Tensor:
