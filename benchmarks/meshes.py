@@ -2,7 +2,7 @@
 
     python -m benchmarks.meshes [--families flux wan sdxl] [--meshes 1x1 2x1 1x2 2x2 4x1 3x1 1x4]
 
-Of tiny models in float32, for each mesh of stages x replicas: replicas with whole weights and with shares of them, all weights trained
+On GPUs (NCCL) where there are enough, on the CPU (gloo) otherwise. Of tiny models in float32, for each mesh of stages x replicas: replicas with whole weights and with shares of them, all weights trained
 and a LoRA. Each step has a bucket of its own and three microbatches a replica; AdamW takes all steps. Prints the largest difference of
 a gradient, relative to the largest gradient, and of a weight, relative to the most that a weight has moved; the latter is larger because
 AdamW moves a weight whose gradient is all rounding as far as any other. Ends with 1 where they are above 1e-5 and 1e-2.
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from benchmarks.synthetic import ROOT, Config
 from diffpipe.config.schema import MeshConfig
@@ -66,9 +67,9 @@ def compare(family: str, kind: str, mesh: Mesh, checkpoint: Path) -> tuple[float
     part = pipeline.module
     for name, p in part.named_parameters():
         if is_adapter(name):
-            p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
+            p.data = drawn(name, p.shape).to(mesh.device)  # a B of zeros would leave every A without gradient
     whole, _ = outline(config.model_copy(update={"mesh": MeshConfig()}), model)
-    one = dict(with_weights(whole, model).named_parameters())
+    one = dict(with_weights(whole, model).to(mesh.device).named_parameters())
     first = {name: p.detach().clone() for name, p in one.items()}
     optimizers = [make_optimizer(config.optimizer, each.items()) for each in (pipeline.trained, one)]
     gradients, weights = Worst(), Worst()
@@ -76,7 +77,8 @@ def compare(family: str, kind: str, mesh: Mesh, checkpoint: Path) -> tuple[float
         every = [microbatch(model, seed=10 * step + i, count=1, **shape) for i in range(MICROBATCHES * mesh.replicas)]
         pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
         own, _ = pipeline.gradients()
-        torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]).mean().backward()
+        here = tree_map(lambda x: x.to(mesh.device) if isinstance(x, torch.Tensor) else x, every)
+        torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in here]).mean().backward()
         trained = [name for name, p in part.named_parameters() if p.requires_grad and one[name].grad is not None]
         for name, gradient in zip(trained, own, strict=True):
             expected = one[name].grad
