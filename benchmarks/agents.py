@@ -39,7 +39,7 @@ class Agent:
         command = [*node.enter, sys.executable, *launcher]
         command += ["-m", "diffpipe", "train", str(ROOT / "configs/quickstart.yaml"), *(f"--set={k}={v}" for k, v in settings.items())]
         # Each start has a store of its own: that which torchrun's agents share by default lets none take another's place.
-        environment = {**os.environ, **node.environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **node.environment, "OMP_NUM_THREADS": "1"}
         environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         self.log = log
         with open(log, "a") as file:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.meshes [--families flux wan sdxl] [--meshes 1x1 2x1 1x2 2x2 4x1 3x1 1x4]
 
-On GPUs (NCCL) where there are enough, on the CPU (gloo) otherwise. Of tiny models in float32, for each mesh of stages x replicas: replicas with whole weights and with shares of them, all weights trained
-and a LoRA. Each step has a bucket of its own and three microbatches a replica; AdamW takes all steps. Prints the largest difference of
-a gradient, relative to the largest gradient, and of a weight, relative to the most that a weight has moved; the latter is larger because
-AdamW moves a weight whose gradient is all rounding as far as any other. Ends with 1 where they are above 1e-5 and 1e-2.
+Of tiny models in float32, on GPUs (NCCL) where there are enough and else on the CPU (gloo), for each mesh of stages x replicas: replicas
+with whole weights and with shares of them, all weights trained and a LoRA. Each step has a bucket of its own and three microbatches a
+replica; AdamW takes all steps. Prints the largest difference of a gradient, relative to the largest gradient, and of a weight, relative
+to the most that a weight has moved; the latter is larger because AdamW moves a weight whose gradient is all rounding as far as any other.
+Ends with 1 where they are above 1e-5 and 1e-2.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def main() -> None:
             for replicate, shard in dict.fromkeys([(replicas, 1), (1, replicas)]):
                 launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stages * replicas}"]
                 program = ["-m", "benchmarks.meshes", "--rank", *map(str, (stages, replicate, shard)), home, "--families", *given.families]
-                environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
                 done = subprocess.run([sys.executable, *launcher, *program], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
                 if done.returncode:
                     raise SystemExit(done.stderr[-3000:])

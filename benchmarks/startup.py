@@ -9,7 +9,6 @@ that it took longest on; libraries are imported where they are first needed. Of 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -27,7 +26,7 @@ def start(config: Path, output: Path, stages: int, settings: list[str]) -> dict[
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={stages}"] if stages > 1 else []
     given = [f"output_dir={output}", f"data.cache_dir={output}/cache", "run.steps=1", f"mesh.stages={stages}", *settings]
     command = [sys.executable, *launcher, "-m", "diffpipe", "train", str(config), *(f"--set={each}" for each in given)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
     (folder,) = set(output.glob("*/tensorboard")) - known
