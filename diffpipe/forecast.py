@@ -24,6 +24,7 @@ from diffpipe.pipeline.memory.planner import (
     choose,
     does_not_fit,
     exhausted,
+    fewest_streamed,
     is_open,
     least,
     lower,
@@ -166,15 +167,45 @@ class Forecast:
                 cannot be left out by one of them.
         """
         assert self.dearest is not None
-        sizes = [dims(prompt.bucket) for prompt in prompts]
-        number = sizes.index(largest(sizes))
-        prompt, memory = prompts[number], self.config.memory
+        memory = self.config.memory
         step = self.rehearsal.estimate(self.dearest, memory)
-        lasting = self.rehearsal.between_steps(step, memory)
-        sampling = self._sampling(prompt, step, lasting)
+        self._foresee(prompts, decodes, self.rehearsal.between_steps(step, memory), step.gathered)
+
+    def settle_samples(self, prompts: Sequence[Prompt], decodes: bool) -> None:
+        """Choose for samples alone how many units stream, where there is a budget or the choice is left, and find what they will hold.
+
+        Nothing trains then: as few stream as it takes, whatever steps needed.
+
+        Args:
+            prompts, decodes: as of ``foresee``.
+
+        Raises:
+            DiffpipeError: as ``foresee`` does.
+        """
+        _, prompt = _dearest(prompts)
+        size = dims(prompt.bucket)
+
+        def lasting(memory: MemoryConfig) -> dict[str, int]:
+            held = self.rehearsal.residency(size, memory)
+            return {"weights": held.resident, "streamed weights": held.arena, "trained parameters": held.trained}
+
+        def sampling(memory: MemoryConfig) -> Held:
+            return self._sampling(prompt, memory, lasting(memory), self.rehearsal.residency(size, memory).gathered)
+
+        memory, limit = self.config.memory, self.limit
+        if is_open(memory):
+            units = 0 if self.config.mesh.shard > 1 else len(self.rehearsal.units)  # what is sharded does not stream
+            memory = fewest_streamed(memory, units, lambda each: limit is None or sampling(each).peak <= limit[0])
+            self.reasons = {"swap": f"sampling {prompt.bucket} holds {amount(sampling(memory).peak)}"}
+            self.config = self.config.model_copy(update={"memory": memory})
+        self._foresee(prompts, decodes, lasting(memory), self.rehearsal.residency(size, memory).gathered)
+
+    def _foresee(self, prompts: Sequence[Prompt], decodes: bool, lasting: Mapping[str, int], gathered: int) -> None:
+        number, prompt = _dearest(prompts)
+        sampling = self._sampling(prompt, self.config.memory, lasting, gathered)
         if self.config.mesh.shard > 1 and self.free is not None and sampling.peak * (1 - ERROR) > self.free:
             raise preview_does_not_fit(number, f"sampling {prompt.bucket} on stage {self.stage}", sampling, self.free, FREE)
-        vae, decoding = self._decoding(prompt.bucket, step, lasting) if decodes else (None, None)
+        vae, decoding = self._decoding(prompt.bucket, lasting) if decodes else (None, None)
         faults = [
             preview_does_not_fit(number, f"{doing} {prompt.bucket} on stage {self.stage}", held, *self.limit)
             for doing, held in (("sampling", sampling), ("decoding", decoding))
@@ -182,20 +213,22 @@ class Forecast:
         ]
         self.previews = Foresight(prompt.bucket, sampling, decoding, vae, tuple(faults))
 
-    def _sampling(self, prompt: Prompt, step: Estimate, lasting: Mapping[str, int]) -> Held:
+    def _sampling(self, prompt: Prompt, memory: MemoryConfig, lasting: Mapping[str, int], gathered: int) -> Held:
         asked = first_asked(self.model, prompt.blank(self.model), self.config.preview)
-        moment = self.rehearsal.prediction(asked.microbatches, self.config.memory)
-        workspace = moment.whole + step.library
-        return Held({**lasting, "gathered weights": step.gathered, "workspace": workspace, "latents and embeddings": asked.bytes})
+        workspace = self.rehearsal.prediction(asked.microbatches, memory).whole + self.rehearsal.card.workspace
+        return Held({**lasting, "gathered weights": gathered, "workspace": workspace, "latents and embeddings": asked.bytes})
 
-    def _decoding(self, bucket: Bucket, step: Estimate, lasting: Mapping[str, int]) -> tuple[Decoding, Held]:
+    def _decoding(self, bucket: Bucket, lasting: Mapping[str, int]) -> tuple[Decoding, Held]:
         """In the largest tiles that fit beside what stays on the device; where none do, in the smallest."""
         found: tuple[Decoding, Held] | None = None
         for halved in count():
             vae = measure_decoding(self.model, *dims(bucket), halved)
             if vae is None:
                 break
-            found = vae, Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken, "workspace": step.library})
+            found = (
+                vae,
+                Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken, "workspace": self.rehearsal.card.workspace}),
+            )
             if self.limit is None or found[1].peak <= self.limit[0]:
                 break
         assert found is not None  # as they are, tiles can always be taken
@@ -214,7 +247,7 @@ class Forecast:
         return self.previews.vae.halved if self.previews is not None and self.previews.vae is not None else 0
 
     def warnings(self) -> Iterator[str]:
-        """What a run will not do for want of memory, though it can train."""
+        """What will be left out for want of memory."""
         for fault in self.previews.faults if self.previews is not None else ():
             yield f"a preview for which memory runs out is left out: {fault}"
 
@@ -254,6 +287,13 @@ class Comparison:
         """
         predicted = self.forecast.of(bucket).peak
         return f"stage {self.forecast.stage} held {amount(held)}, predicted were {amount(predicted)} ({predicted / held - 1:+.1%})"
+
+
+def _dearest(prompts: Sequence[Prompt]) -> tuple[int, Prompt]:
+    """Which of the prompts takes most, and its number."""
+    sizes = [dims(prompt.bucket) for prompt in prompts]
+    number = sizes.index(largest(sizes))
+    return number, prompts[number]
 
 
 def dims(bucket: Bucket) -> tuple[int, int, int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class Outlook:
         warnings: of all ranks.
 
     Args:
-        prompts: of the previews.
+        prompts: of the previews, or of samples.
     """
 
     def __init__(self, config: Config, model: DiffusionModel, mesh: Mesh, prompts: Sequence[Prompt] = ()) -> None:
@@ -52,21 +53,33 @@ class Outlook:
             placement = self._placed([dims(b) for b in buckets])
             self.config = self.config.model_copy(update={"mesh": placement.mesh})
             self.lines += placement.lines()
+        with self._forecast() as forecast:
+            if forecast is not None:
+                forecast.settle(buckets)
+                if self.prompts:
+                    forecast.foresee(self.prompts, decodes=self.mesh.reporter)
+
+    def settle_samples(self) -> None:
+        """Choose for samples alone, when nothing trains; every rank calls this.
+
+        Raises:
+            DiffpipeError: when a sample cannot fit and would end the others too.
+        """
+        with self._forecast() as forecast:
+            if forecast is not None:
+                forecast.settle_samples(self.prompts, decodes=self.mesh.reporter)
+
+    @contextmanager
+    def _forecast(self) -> Iterator[Forecast | None]:
         try:
-            self._foresee(buckets)
+            self.forecast = forecast = open_forecast(self.config, self.model, self.mesh)
+            yield forecast
+            if forecast is not None:
+                self.config = forecast.config
+                self.lines += forecast.lines()
         finally:  # on every rank, also where others go on
             told = self.mesh.exchange(list(self.forecast.warnings()) if self.forecast is not None else [])
             self.warnings = list(dict.fromkeys(warning for each in told for warning in each))
-
-    def _foresee(self, buckets: Collection[Bucket]) -> None:
-        self.forecast = open_forecast(self.config, self.model, self.mesh)
-        if self.forecast is None:
-            return
-        self.forecast.settle(buckets)
-        self.config = self.forecast.config
-        if self.prompts:
-            self.forecast.foresee(self.prompts, decodes=self.mesh.reporter)
-        self.lines += self.forecast.lines()
 
     def _placed(self, buckets: Sequence[Dims]) -> Placement:
         config, mesh, card = self.config, self.mesh, find_card(None, self.mesh.device)

@@ -10,11 +10,10 @@ from diffpipe.checkpoint import damage, load_weights
 from diffpipe.config.load import load_config, validate
 from diffpipe.config.schema import Config
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
-from diffpipe.forecast import open_forecast
 from diffpipe.metrics import Progress, Sink, Sinks
 from diffpipe.models import make_model
+from diffpipe.outlook import Outlook
 from diffpipe.pipeline.build import build
-from diffpipe.pipeline.memory.planner import is_open
 from diffpipe.pipeline.memory.shortage import SMALLER_PREVIEWS, explained
 from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.watch import Watch
@@ -71,15 +70,20 @@ def sample_run(
                 raise CheckpointError(f"is damaged: {found}", where=str(checkpoint), fix="take an older checkpoint")
             model = make_model(config.model, config.objective)
             entries = mesh.decide(lambda: read_prompts(config, model))
+            outlook = Outlook(config, model, mesh, entries)
+            outlook.settle_samples()
+            config, forecast = outlook.config, outlook.forecast
+            for line in outlook.lines:
+                sinks.note(line)
+            for warning in outlook.warnings:
+                sinks.warn(warning)
             prompts = open_prompts(config, model, mesh, sinks, entries)
-            if is_open(config.memory) and (forecast := open_forecast(config, model, mesh)) is not None:
-                forecast.settle({entry.bucket for entry in entries})
-                config = forecast.config
             with explained(f"the weights of stage {mesh.stage}", mesh.device, SMALLER_PREVIEWS):
                 pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)))
             load_weights(checkpoint, pipeline.module)
             with Watch(mesh, config.mesh.timeout, tell) as watch:
-                previews = Previews(config.preview, model, pipeline, prompts, sinks, watch)
+                halved = forecast.halved if forecast is not None else 0
+                previews = Previews(config.preview, model, pipeline, prompts, sinks, watch, halved)
                 faults = previews.make(int(checkpoint.name.removeprefix("step-")), output or run / "samples" / checkpoint.name)
             mesh.decide(lambda: _complain(faults))
         finally:

@@ -155,6 +155,10 @@ def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command
     done = command("sample", flux, "--prompt", "a red circle on a blue background", "--seed", "0", "--steps", "2")
     assert str(flux / "samples/step-00000004") in done.stdout.replace("\n", "")
     assert (picture(flux / "samples/step-00000004/00.png") == picture(flux / "previews/step-00000004/00.png")).all()
+    asked = ("--prompt", "a red circle on a blue background", "--seed", "0", "--steps", "2", "--out", tmp_path / "streamed")
+    done = command("sample", flux, *asked, "--set", "memory.budget=1MiB")
+    assert "memory.swap: 8 (sampling" in done.stdout and "for which memory runs out is left out" in done.stdout + done.stderr
+    assert (picture(tmp_path / "streamed/00.png") == picture(flux / "previews/step-00000004/00.png")).all()
     command("sample", flux, "--prompt", "a square", "--width", "32", "--height", "48", "--steps", "1", "--out", tmp_path / "here")
     assert picture(tmp_path / "here/00.png").shape == (48, 32, 3)
     for wrong, told in (

@@ -136,7 +136,7 @@ class Rehearsal:
 
     def estimate(self, bucket: Dims, memory: MemoryConfig) -> Estimate:
         """What a step of a bucket holds and takes under a memory section whose ``swap`` is a number or "all"."""
-        peak, held = self._peak(bucket, memory), self._residency(bucket, memory)
+        peak, held = self._peak(bucket, memory), self.residency(bucket, memory)
         count = self.config.batch.accumulate
         visits = 1 if self._together(memory) else count  # of each streamed unit, forward and backward
         link = self.card.link * (1 if memory.pin else PAGEABLE)
@@ -165,6 +165,13 @@ class Rehearsal:
             seconds=ahead + back + (0 if early else states),
             gathered=held.gathered,
         )
+
+    def residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
+        """Where weights lie under a memory section whose ``swap`` is a number or "all"; the bucket is one that is trained."""
+        key = (memory.swap, memory.room, memory.compile and (memory.recompute, memory.recompute_every))
+        if key not in self.residencies:
+            self.residencies[key] = self._placed(self.timeline(bucket), memory)
+        return self.residencies[key]
 
     @torch.no_grad()
     def prediction(self, microbatches: Sequence[dict[str, Any]], memory: MemoryConfig) -> Moment:
@@ -299,12 +306,6 @@ class Rehearsal:
         return self.fakes.known(torch.ones_like(x)) if name == self.model.spec.lengths else self.fakes.tensor(x)
 
     # -- weights -----------------------------------------------------------------------------------------------------
-
-    def _residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
-        key = (memory.swap, memory.room, memory.compile and (memory.recompute, memory.recompute_every))
-        if key not in self.residencies:
-            self.residencies[key] = self._placed(self.timeline(bucket), memory)
-        return self.residencies[key]
 
     def _placed(self, timeline: Timeline, memory: MemoryConfig) -> Residency:
         if self.config.mesh.shard > 1:

@@ -201,6 +201,40 @@ def test_previews_leave_what_is_chosen_and_decode_in_tiles_that_fit(tmp_path: Pa
     assert sides[-1] == 128 and (run / "previews/step-00000001/00.mp4").exists()
 
 
+def test_samples_stream_no_more_than_they_must(tmp_path: Path) -> None:
+    config = prepared("flux", "lora", tmp_path, 1)
+    prompt = {"prompt": "x", "width": 64, "height": 64}
+    config = config.model_copy(update={"preview": PreviewConfig.model_validate({"prompts": [prompt], "steps": 1})})
+    model = make_model(config.model, config.objective)
+
+    def settled(budget: int, **mesh: int) -> tuple[Forecast, int]:
+        changes = {"memory": MemoryConfig(budget=budget), "mesh": config.mesh.model_copy(update=mesh)}
+        forecast = Forecast(config.model_copy(update=changes), model, 0, find_card(None, CPU), None)
+        forecast.settle_samples(read_prompts(config, model), decodes=True)
+        assert forecast.previews is not None and isinstance(forecast.config.memory.swap, int)
+        assert next(forecast.lines()).startswith(f"memory.swap: {forecast.config.memory.swap} (sampling 1x64x64 holds")
+        return forecast, forecast.previews.sampling.peak
+
+    free, resident = settled(1 << 40)
+    assert free.config.memory.swap == 0 and not list(free.warnings())
+    least, streamed = settled(1)
+    assert least.config.memory.swap == len(least.rehearsal.units) and streamed < resident
+    assert any("sampling 1x64x64 on stage 0 needs" in warning for warning in least.warnings())
+    for budget in range(streamed, resident, (resident - streamed) // 4):
+        forecast, held = settled(budget)
+        swap = forecast.config.memory.swap
+        assert held <= budget and swap > 0
+        fewer = forecast.config.memory.model_copy(update={"swap": swap - 1, "budget": 1 << 40})
+        forecast.config = forecast.config.model_copy(update={"memory": fewer})
+        forecast.settle_samples(read_prompts(config, model), decodes=False)
+        assert forecast.previews is not None and forecast.previews.sampling.peak > budget
+    assert settled(streamed, shard=2)[0].config.memory.swap == 0  # what is sharded does not stream
+    with pytest.raises(DiffpipeError, match="bucket 1x64x64 on stage 0 needs"):  # a step of training would not fit
+        Forecast(least.config.model_copy(update={"memory": MemoryConfig(budget=streamed)}), model, 0, find_card(None, CPU), None).settle(
+            [Bucket(1, 64, 64)]
+        )
+
+
 def test_an_unknown_card_is_an_error_that_lists_the_known_ones() -> None:
     assert find_card("rtx 4090", CPU).name == "RTX 4090"
     with pytest.raises(ConfigError, match=r"no card 'Voodoo 2'[\s\S]*H100"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -68,6 +69,17 @@ def lower(memory: MemoryConfig, units: int, judge: Judge, host: float = inf) -> 
 def least(memory: MemoryConfig, units: int, judge: Judge) -> Estimate:
     """The estimate of what holds least of all that may be chosen."""
     return min((judge(each) for each in _settings(memory, units)), key=lambda e: e.peak)
+
+
+def fewest_streamed(memory: MemoryConfig, units: int, fits: Callable[[MemoryConfig], bool]) -> MemoryConfig:
+    """The section with as many streamed units as it takes to fit, with all where that does not do."""
+
+    def streaming(count: int) -> MemoryConfig:
+        return memory.model_copy(update={"swap": count})
+
+    if not units or fits(streaming(0)):
+        return streaming(0)
+    return streaming(1 + bisect_left(range(1, units), True, key=lambda count: fits(streaming(count))))
 
 
 def exhausted(memory: MemoryConfig) -> MemoryConfig:
