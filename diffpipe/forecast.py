@@ -187,7 +187,8 @@ class Forecast:
 
         def lasting(memory: MemoryConfig) -> dict[str, int]:
             held = self.rehearsal.residency(size, memory)
-            return {"weights": held.resident, "streamed weights": held.arena, "trained parameters": held.trained}
+            weights = {"weights": held.resident, "streamed weights": held.arena, "trained parameters": held.trained}
+            return {**weights, "workspace": self.rehearsal.card.workspace}
 
         def sampling(memory: MemoryConfig) -> Held:
             return self._sampling(prompt, memory, lasting(memory), self.rehearsal.residency(size, memory).gathered)
@@ -215,7 +216,7 @@ class Forecast:
 
     def _sampling(self, prompt: Prompt, memory: MemoryConfig, lasting: Mapping[str, int], gathered: int) -> Held:
         asked = first_asked(self.model, prompt.blank(self.model), self.config.preview)
-        workspace = self.rehearsal.prediction(asked.microbatches, memory).whole + self.rehearsal.card.workspace
+        workspace = lasting["workspace"] + self.rehearsal.prediction(asked.microbatches, memory).whole
         return Held({**lasting, "gathered weights": gathered, "workspace": workspace, "latents and embeddings": asked.bytes})
 
     def _decoding(self, bucket: Bucket, lasting: Mapping[str, int]) -> tuple[Decoding, Held]:
@@ -227,7 +228,7 @@ class Forecast:
                 break
             found = (
                 vae,
-                Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken, "workspace": self.rehearsal.card.workspace}),
+                Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken}),
             )
             if self.limit is None or found[1].peak <= self.limit[0]:
                 break

@@ -63,7 +63,7 @@ def test_previews_are_planned_with_what_is_on_the_device_meanwhile(command: Comm
         tmp_path,
         model={"family": "wan", "path": str(toys("wan"))},
         data={"folders": [{"path": str(tmp_path / "elsewhere")}], "sizes": [[64, 64, 5]]},
-        mesh={"stages": 2, "memory": ["10MiB", "100MiB"]},
+        mesh={"stages": 2, "memory": ["17MiB", "108MiB"]},
         preview={"prompts": ["a", {"prompt": "b", "width": 512, "height": 256, "frames": 9}]},
     )
     told = " ".join(command("plan", config, "--card", "RTX 4090").stdout.split())
@@ -72,7 +72,7 @@ def test_previews_are_planned_with_what_is_on_the_device_meanwhile(command: Comm
     assert told.count("decoding in tiles of 256 pixels") == 1, "one stage decodes"
     assert told.count("warning: a preview for which memory runs out is left out") == 1
     assert "left out: preview.prompts.1: sampling 9x256x512 on stage 0 needs" in told
-    assert "expected: at most 10.0 MiB, mesh.memory fix: smaller preview.width and preview.height" in told
+    assert "expected: at most 17.0 MiB, mesh.memory fix: smaller preview.width and preview.height" in told
 
 
 def test_a_preview_that_would_end_a_sharded_run_ends_the_plan(command: Command, tmp_path: Path) -> None:

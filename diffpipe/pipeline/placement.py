@@ -155,7 +155,7 @@ class Placer:
         def held(stage: int, spans: Sequence[Span], times: int = 1) -> float:
             kept = sum(fixed[stop] - fixed[start] + flights[stage] * (saved[stop] - saved[start]) for start, stop in spans)
             workspace = max(u.workspace for start, stop in spans for u in self.units[start:stop])
-            return (times * kept + workspace + self.card.workspace) * self.overs[stage]
+            return (times * kept + workspace + self.card.library) * self.overs[stage]
 
         return held
 

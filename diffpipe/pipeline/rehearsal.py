@@ -156,7 +156,7 @@ class Rehearsal:
             trained=held.trained,
             optimizer=held.optimizer,
             arena=held.arena,
-            library=self.card.workspace,
+            library=self.card.library,
             moment=moment,
             homes=held.homes,
             buffers=peak.held,
@@ -192,7 +192,8 @@ class Rehearsal:
     def between_steps(self, step: Estimate, memory: MemoryConfig) -> dict[str, int]:
         """What of a step's estimate is on the device when it is over, by name: no state that waits on the host, nothing gathered."""
         states = sorted(state_bytes(self.config.optimizer, self._trained(n)) for n in self._apart(memory, self.config.optimizer.offload))
-        return {**step.always, "gathered weights": 0, "optimizer state": step.optimizer - sum(states[-2:])}
+        left = {"gathered weights": 0, "optimizer state": step.optimizer - sum(states[-2:]), "workspace": step.library}
+        return {**step.always, **left}
 
     def inventory(self, bucket: Dims) -> list[Unit]:
         """The stage's units, as the config's memory section treats them."""

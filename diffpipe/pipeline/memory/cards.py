@@ -41,8 +41,13 @@ class Card:
 
     @property
     def workspace(self) -> int:
-        """Bytes that cuBLAS takes for itself, as torch sets it up: 32 MiB on Hopper and later, 8 MiB and 128 KiB before."""
+        """Bytes that cuBLAS takes for each thread that computes, as torch has it: 32 MiB on Hopper and later, 8 MiB and 128 KiB before."""
         return 32 << 20 if self.capability >= (9, 0) else (8 << 20) + (128 << 10)
+
+    @property
+    def library(self) -> int:
+        """What cuBLAS takes in training, where backward passes have a thread of their own."""
+        return 2 * self.workspace
 
     def seconds(self, work: Work) -> float:
         """How long work takes: as long as the card computes, or as the host needs to queue it."""
