@@ -226,10 +226,7 @@ class Forecast:
             vae = measure_decoding(self.model, *dims(bucket), halved)
             if vae is None:
                 break
-            found = (
-                vae,
-                Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken}),
-            )
+            found = vae, Held({**lasting, "VAE": vae.weights, "decoder's activations": vae.taken})
             if self.limit is None or found[1].peak <= self.limit[0]:
                 break
         assert found is not None  # as they are, tiles can always be taken
