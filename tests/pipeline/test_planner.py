@@ -207,32 +207,27 @@ def test_samples_stream_no_more_than_they_must(tmp_path: Path) -> None:
     config = config.model_copy(update={"preview": PreviewConfig.model_validate({"prompts": [prompt], "steps": 1})})
     model = make_model(config.model, config.objective)
 
-    def settled(budget: int, **mesh: int) -> tuple[Forecast, int]:
-        changes = {"memory": MemoryConfig(budget=budget), "mesh": config.mesh.model_copy(update=mesh)}
+    def settled(memory: MemoryConfig, **mesh: int) -> tuple[Forecast, int]:
+        changes = {"memory": memory, "mesh": config.mesh.model_copy(update=mesh)}
         forecast = Forecast(config.model_copy(update=changes), model, 0, find_card(None, CPU), None)
-        forecast.settle_samples(read_prompts(config, model), decodes=True)
-        assert forecast.previews is not None and isinstance(forecast.config.memory.swap, int)
-        assert next(forecast.lines()).startswith(f"memory.swap: {forecast.config.memory.swap} (sampling 1x64x64 holds")
+        forecast.settle_samples(read_prompts(config, model), decodes=False)
+        assert forecast.previews is not None
         return forecast, forecast.previews.sampling.peak
 
-    free, resident = settled(1 << 40)
+    free, resident = settled(MemoryConfig(budget=1 << 40))
     assert free.config.memory.swap == 0 and not list(free.warnings())
-    least, streamed = settled(1)
+    least, streamed = settled(MemoryConfig(budget=1))
     assert least.config.memory.swap == len(least.rehearsal.units) and streamed < resident
     assert any("sampling 1x64x64 on stage 0 needs" in warning for warning in least.warnings())
-    for budget in range(streamed, resident, (resident - streamed) // 4):
-        forecast, held = settled(budget)
-        swap = forecast.config.memory.swap
-        assert held <= budget and swap > 0
-        fewer = forecast.config.memory.model_copy(update={"swap": swap - 1, "budget": 1 << 40})
-        forecast.config = forecast.config.model_copy(update={"memory": fewer})
-        forecast.settle_samples(read_prompts(config, model), decodes=False)
-        assert forecast.previews is not None and forecast.previews.sampling.peak > budget
-    assert settled(streamed, shard=2)[0].config.memory.swap == 0  # what is sharded does not stream
+    budget = (streamed + resident) // 2
+    fitting, held = settled(MemoryConfig(budget=budget))
+    swap = fitting.config.memory.swap
+    assert isinstance(swap, int) and swap > 0 and held <= budget
+    assert next(fitting.lines()).startswith(f"memory.swap: {swap} (sampling 1x64x64 holds")
+    assert settled(MemoryConfig(swap=swap - 1))[1] > budget
+    assert settled(MemoryConfig(budget=budget), shard=2)[0].config.memory.swap == 0  # what is sharded does not stream
     with pytest.raises(DiffpipeError, match="bucket 1x64x64 on stage 0 needs"):  # a step of training would not fit
-        Forecast(least.config.model_copy(update={"memory": MemoryConfig(budget=streamed)}), model, 0, find_card(None, CPU), None).settle(
-            [Bucket(1, 64, 64)]
-        )
+        fitting.settle([Bucket(1, 64, 64)])
 
 
 def test_an_unknown_card_is_an_error_that_lists_the_known_ones() -> None:

@@ -127,8 +127,9 @@ def test_blocks_stepped_on_their_own_end_as_if_stepped_together(toys: Toys, way:
     same((first[0] + rest[0], first[1] + rest[1], rest[2], rest[3]), together)
 
 
-@pytest.mark.parametrize("memory", [{}, {"compile": True}], ids=["plain", "compiled"])
-@pytest.mark.parametrize("release", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize(
+    ("release", "memory"), [(False, {}), (True, {}), (True, {"compile": True})], ids=["late", "early", "early-compiled"]
+)
 def test_adapters_of_streamed_blocks_are_stepped_on_their_own(toys: Toys, release: bool, memory: dict[str, Any]) -> None:
     memory, adapter = {"swap": "all", **memory}, {"rank": 4}
     expected = trained("flux", toys("flux"), memory, range(3), adapter=adapter)
