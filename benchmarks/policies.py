@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpipe.config.schema import MemoryConfig
 from diffpipe.models import MODELS
+from diffpipe.pipeline.memory.layer import order_of
 from tests.conftest import toy_checkpoint
 from tests.pipeline.test_release import Outcome, trained
 
@@ -90,8 +92,7 @@ def main() -> None:
             if repr(task) not in plain:
                 plain[repr(task)] = trained(family, checkpoint, {**fixed, "recompute": "none"}, range(3), **same)
             got = trained(family, checkpoint, {**fixed, **memory}, range(3), **same, **optimizer)
-            order = memory.get("order") or ("layer" if memory["swap"] and memory.get("offload") else "microbatch")
-            reordered = order == "layer" and task["count"] > 2
+            reordered = order_of(MemoryConfig.model_validate({**fixed, **memory})) == "layer" and task["count"] > 2
             found = difference(got, plain[repr(task)], COMPILED if given.compile else REORDERED if reordered else None)
             if found is not None:
                 wrong += 1

@@ -168,8 +168,10 @@ class Forecast:
         """
         assert self.dearest is not None
         memory = self.config.memory
+        number, prompt = _dearest(prompts)
         step = self.rehearsal.estimate(self.dearest, memory)
-        self._foresee(prompts, decodes, self.rehearsal.between_steps(step, memory), step.gathered)
+        lasting = self.rehearsal.between_steps(step, memory)
+        self._foresee(number, prompt, decodes, lasting, _sampling(lasting, step.gathered, self._taken(prompt)))
 
     def settle_samples(self, prompts: Sequence[Prompt], decodes: bool) -> None:
         """Choose for samples alone how many units stream, where there is a budget or the choice is left, and find what they will hold.
@@ -182,8 +184,8 @@ class Forecast:
         Raises:
             DiffpipeError: as ``foresee`` does.
         """
-        _, prompt = _dearest(prompts)
-        size = dims(prompt.bucket)
+        number, prompt = _dearest(prompts)
+        size, taken = dims(prompt.bucket), self._taken(prompt)
 
         def lasting(memory: MemoryConfig) -> dict[str, int]:
             held = self.rehearsal.residency(size, memory)
@@ -191,7 +193,7 @@ class Forecast:
             return {**weights, "workspace": self.rehearsal.card.workspace}
 
         def sampling(memory: MemoryConfig) -> Held:
-            return self._sampling(prompt, memory, lasting(memory), self.rehearsal.residency(size, memory).gathered)
+            return _sampling(lasting(memory), self.rehearsal.residency(size, memory).gathered, taken)
 
         memory, limit = self.config.memory, self.limit
         if is_open(memory):
@@ -199,11 +201,9 @@ class Forecast:
             memory = fewest_streamed(memory, units, lambda each: limit is None or sampling(each).peak <= limit[0])
             self.reasons = {"swap": f"sampling {prompt.bucket} holds {amount(sampling(memory).peak)}"}
             self.config = self.config.model_copy(update={"memory": memory})
-        self._foresee(prompts, decodes, lasting(memory), self.rehearsal.residency(size, memory).gathered)
+        self._foresee(number, prompt, decodes, lasting(memory), sampling(memory))
 
-    def _foresee(self, prompts: Sequence[Prompt], decodes: bool, lasting: Mapping[str, int], gathered: int) -> None:
-        number, prompt = _dearest(prompts)
-        sampling = self._sampling(prompt, self.config.memory, lasting, gathered)
+    def _foresee(self, number: int, prompt: Prompt, decodes: bool, lasting: Mapping[str, int], sampling: Held) -> None:
         if self.config.mesh.shard > 1 and self.free is not None and sampling.peak * (1 - ERROR) > self.free:
             raise preview_does_not_fit(number, f"sampling {prompt.bucket} on stage {self.stage}", sampling, self.free, FREE)
         vae, decoding = self._decoding(prompt.bucket, lasting) if decodes else (None, None)
@@ -214,10 +214,13 @@ class Forecast:
         ]
         self.previews = Foresight(prompt.bucket, sampling, decoding, vae, tuple(faults))
 
-    def _sampling(self, prompt: Prompt, memory: MemoryConfig, lasting: Mapping[str, int], gathered: int) -> Held:
+    def _taken(self, prompt: Prompt) -> dict[str, int]:
+        """What sampling a prompt takes beside weights, by name; the same however many units stream."""
         asked = first_asked(self.model, prompt.blank(self.model), self.config.preview)
-        workspace = lasting["workspace"] + self.rehearsal.prediction(asked.microbatches, memory).whole
-        return Held({**lasting, "gathered weights": gathered, "workspace": workspace, "latents and embeddings": asked.bytes})
+        return {
+            "workspace": self.rehearsal.prediction(asked.microbatches, self.config.memory).whole,
+            "latents and embeddings": asked.bytes,
+        }
 
     def _decoding(self, bucket: Bucket, lasting: Mapping[str, int]) -> tuple[Decoding, Held]:
         """In the largest tiles that fit beside what stays on the device; where none do, in the smallest."""
@@ -285,6 +288,10 @@ class Comparison:
         """
         predicted = self.forecast.of(bucket).peak
         return f"stage {self.forecast.stage} held {amount(held)}, predicted were {amount(predicted)} ({predicted / held - 1:+.1%})"
+
+
+def _sampling(lasting: Mapping[str, int], gathered: int, taken: Mapping[str, int]) -> Held:
+    return Held({**lasting, "gathered weights": gathered, **taken, "workspace": lasting["workspace"] + taken["workspace"]})
 
 
 def _dearest(prompts: Sequence[Prompt]) -> tuple[int, Prompt]:
