@@ -33,8 +33,10 @@ def doctor(*arguments: str, limits: str = "", **environment: str) -> subprocess.
 def test_a_machine_that_tests_run_on_has_no_fault_and_its_parts_are_told_of(command: Command) -> None:
     done = command("doctor")
     lines = done.stdout.splitlines()
-    for name in ("python", "torch", "diffusers", "transformers", "av", "disk of runs", "host memory", "gloo"):
+    for name in ("python", "torch", "diffusers", "transformers", "av", "gloo"):
         assert any(line.startswith("ok") and f" {name}: " in line for line in lines), (name, done.stdout)
+    for name in ("disk of runs", "host memory"):  # how much is free is the machine's affair
+        assert any(line.startswith(("ok", "warning")) and f" {name}: " in line for line in lines), (name, done.stdout)
     assert "2 processes added up 16 MiB" in done.stdout and lines[-1].endswith("0 faults")
 
 
