@@ -13,6 +13,7 @@ from functorch.compile import nop
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
@@ -26,6 +27,7 @@ from diffpipe.optim import make_optimizer, set_rates
 from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.cut import duplicate
+from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import CARDS, Card
 from diffpipe.pipeline.memory.compiled import Compiled
 from diffpipe.pipeline.memory.decoding import measure_decoding
@@ -298,6 +300,37 @@ def test_what_is_offloaded_is_held_by_the_host_instead(toys: Toys) -> None:
         assert moved.to_host == pytest.approx(offload.moved, rel=0.01)
     assert moved.peak < kept.peak and moved.moment.saved < kept.moment.saved
     assert moved.buffers == moved.to_host
+
+
+def test_operations_are_in_the_types_that_this_torch_has_on_cuda() -> None:
+    ops = nn.functional
+
+    def types(device: str) -> list[torch.dtype]:
+        x, weight = torch.empty(4, 8, dtype=torch.bfloat16, device=device), torch.empty(8, device=device)
+        same = weight.to(x.dtype)
+        norms = [ops.rms_norm(x, (8,)), ops.rms_norm(x, (8,), same), ops.rms_norm(x, (8,), weight), ops.layer_norm(x, (8,))]
+        return [y.dtype for y in (*norms, ops.softmax(x, -1), ops.softplus(x), ops.gelu(x), x.rsqrt(), x.cumsum(-1))]
+
+    with FakeTensorMode():
+        torch.set_autocast_enabled("cuda", True)  # which torch.autocast refuses where there is no card
+        try:
+            wanted = types("cuda")
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert as_on_cuda(types)("cpu") == wanted
+
+
+def test_a_norm_of_several_types_keeps_what_torch_keeps_of_one_that_it_takes_apart() -> None:
+    x, weight = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True), torch.randn(8)
+
+    def kept(forward: Callable[..., Tensor]) -> list[tuple[torch.dtype, torch.Size]]:
+        seen: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t), lambda _: x):
+            forward(x, (8,), weight)
+        return [(t.dtype, t.shape) for t in seen]
+
+    assert kept(as_on_cuda(nn.functional.rms_norm)) == kept(nn.functional.rms_norm)
 
 
 def test_a_stage_is_rehearsed_with_what_crosses_its_borders(toys: Toys) -> None:

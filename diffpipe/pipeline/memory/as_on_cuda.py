@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # What autocast computes in float32 on CUDA and not on the CPU (torch's AT_FORALL_FP32), as far as diffusion models use it.
 FLOAT32 = frozenset(
     {
         *("exp", "log", "reciprocal", "rsqrt", "pow", "__pow__", "__rpow__", "softplus", "softmax", "log_softmax", "layer_norm"),
-        *("rms_norm", "group_norm", "norm", "cumsum", "cumprod", "prod", "sum", "cosine_similarity", "l1_loss", "smooth_l1_loss"),
-        *("huber_loss", "mse_loss"),
+        *("group_norm", "norm", "cumsum", "cumprod", "prod", "sum", "cosine_similarity", "l1_loss", "smooth_l1_loss", "huber_loss"),
+        *("mse_loss", *["rms_norm"] * torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")),  # torch 2.12
     }
 )
 Attend = nn.functional.scaled_dot_product_attention
@@ -50,8 +50,8 @@ class _AsOnCuda(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if cast and name in FLOAT32:
             args, kwargs = tree_map(_to_float, (args, kwargs))
-        if name == "rms_norm" and self.fused:
-            return _rms_norm(*args, **kwargs)
+        if name == "rms_norm" and self.fused and len({x.dtype for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}) == 1:
+            return _rms_norm(*args, **kwargs)  # of several types torch takes it apart
         return func(*args, **kwargs)
 
 
