@@ -284,6 +284,17 @@ def test_weights_that_only_some_steps_backward_passes_read_are_left_out_of_the_o
     assert moved[2] < moved[3] and moved[4] > moved[2], moved
 
 
+def test_settings_that_change_after_a_broken_step_take_no_memory_that_is_still_copied_to() -> None:
+    units, streams = units_of(False), Streams()
+    layer = layer_of(units, streams, 5, {})
+    with Races(streams) as races:
+        layer.begin(1)
+        forward(units[:5], torch.randn(32, 64).requires_grad_())  # and no backward pass
+        layer.change(layer.config.model_copy(update={"room": None, "recompute": "block"}))
+        stepped(units, one_by_one, 1, layer)
+    assert not races.found, sorted(set(races.found))
+
+
 @pytest.mark.parametrize("deaf", ["event", "stream"])
 def test_a_stream_that_does_not_wait_is_found(deaf: str) -> None:
     units, streams = units_of(True), Streams((deaf,))

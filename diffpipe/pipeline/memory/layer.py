@@ -61,7 +61,9 @@ class MemoryLayer:
         return order_of(self.config)
 
     def change(self, config: MemoryConfig) -> None:
-        """Go on by another section, with the weights as they are; nothing of a step may be left."""
+        """Go on by another section, with the weights as they are; nothing of a step may be left but its copies, which are waited for:
+        they go from and to memory that others take now."""
+        self.streams.synchronize(self.device)
         for home in self.homes.values():
             home.bind(home.views(home.flat))
         before, self.config, self.stream = self.homes, config, None
