@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from itertools import pairwise
 
@@ -32,11 +33,13 @@ def chart(values: Collection[float], width: int, height: int = 1, ascii_only: bo
     """The values from left to right as bars in ``height`` lines, the smallest a sliver and the largest full.
 
     Args:
+        values: those that are not finite are left out.
         width: columns; where there are more values, a column is the mean of several.
     """
-    if not values:
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
         return [""] * height
-    columns = _squeezed(values, width)
+    columns = _squeezed(finite, width)
     low, high = min(columns), max(columns)
     ink = ASCII if ascii_only else EIGHTHS
     full = len(ink) - 1
@@ -50,8 +53,7 @@ def bar(share: float, width: int, ascii_only: bool = False) -> tuple[str, str]:
     return ("#" if ascii_only else "━") * done, ("-" if ascii_only else "─") * (width - done)
 
 
-def _squeezed(values: Collection[float], width: int) -> list[float]:
-    values = list(values)
+def _squeezed(values: list[float], width: int) -> list[float]:
     if len(values) <= width:
         return values
     edges = [i * len(values) // width for i in range(width + 1)]

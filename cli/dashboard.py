@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable
@@ -120,11 +121,12 @@ class Dashboard(Sink):
         view = self.view
         assert view is not None
         with self.lock:
-            view.losses.add(record.loss)
-            view.last_losses.append(record.loss)
             view.recent.append(record)
             view.by_time.extend(record.by_time)
-            view.buckets[record.bucket] = 0.9 * view.buckets.get(record.bucket, record.loss) + 0.1 * record.loss
+            if math.isfinite(record.loss):  # else the step was skipped
+                view.losses.add(record.loss)
+                view.last_losses.append(record.loss)
+                view.buckets[record.bucket] = 0.9 * view.buckets.get(record.bucket, record.loss) + 0.1 * record.loss
 
     def evaluation(self, record: EvalRecord) -> None:
         assert self.view is not None

@@ -106,7 +106,7 @@ class Meter:
             samples=len(batch.samples) * self.mesh.replicas,
             step_time=now - self.began,
             left=(self.steps_total - step) * (now - self.first) / self.steps,
-            by_time=tuple(pair for row in known for pair in zip(row[::2], row[1::2], strict=True) if not math.isnan(pair[1])),
+            by_time=tuple(pair for row in known for pair in zip(row[::2], row[1::2], strict=True) if math.isfinite(pair[1])),
             ranks=split(ranks, now - self.began),
             graphs=int(max(rank.graphs for rank in ranks)),
             skipped=skipped,

@@ -226,7 +226,7 @@ class Pace:
 
 
 class Smoothed:
-    """An exponential average that the first values do not weigh down.
+    """An exponential average that the first values do not weigh down, and those that are not finite not at all.
 
     Args:
         steps: about how many values it looks back.
@@ -237,10 +237,11 @@ class Smoothed:
         self.sum, self.weight = 0.0, 0.0
 
     def of(self, value: float) -> float:
-        """The average, with one more value."""
-        self.sum = self.keep * self.sum + value
-        self.weight = self.keep * self.weight + 1
-        return self.sum / self.weight
+        """The average, with one more value; NaN before the first that is finite."""
+        if math.isfinite(value):
+            self.sum = self.keep * self.sum + value
+            self.weight = self.keep * self.weight + 1
+        return self.sum / self.weight if self.weight else math.nan
 
 
 def by_tenth(samples: Iterable[tuple[float, float]]) -> dict[int, list[float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def test_a_smoothed_value_follows_without_leaning_on_the_first() -> None:
     smoothed = Smoothed(10)
     assert smoothed.of(3.0) == 3.0
     assert smoothed.of(1.0) == pytest.approx((0.9 * 3 + 1) / 1.9)
+    assert smoothed.of(math.nan) == smoothed.of(math.inf) == pytest.approx((0.9 * 3 + 1) / 1.9), "of steps that were skipped"
     assert [smoothed.of(2.0) for _ in range(200)][-1] == pytest.approx(2.0)
 
 

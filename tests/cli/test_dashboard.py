@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from diffpipe.cli.chart import Series, chart
 from diffpipe.cli.dashboard import Dashboard
-from diffpipe.cli.picture import ABOVE, picture
+from diffpipe.cli.picture import ABOVE, Painter, picture
 from diffpipe.metrics import GIB, EvalRecord, Place, RankRecord, RunRecord, Split, StepRecord
 
 SPLIT = Split(data=0.1, compute=1.4, stall=0.2, bubble=0.2, communication=0.1)
@@ -103,14 +105,24 @@ def test_more_ranks_than_lines_are_shown_by_stage_with_the_largest_memory() -> N
     assert any(f"and {64 - len(rows)} more" in line for line in lines), "and by stage, those that fit, where stages are too many too"
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_skipped_step_is_in_no_curve_and_no_mean(loss: float) -> None:
+    board, _ = shown(120, 40)
+    assert board.view is not None
+    before = dict(board.view.buckets)
+    board.step(replace(board.view.recent[-1], loss=loss))
+    board.evaluation(EvalRecord(41, "held-out", loss))
+    assert all(map(math.isfinite, [*board.view.losses.values, *board.view.last_losses])) and board.view.buckets == before
+    drawn = "\n".join(line.plain for line in Painter(board.view, 116, 35, False).lines())
+    assert f"loss {loss:.4f}" in drawn and "1.0250 " in drawn
+
+
 def test_a_console_without_utf_8_is_drawn_on_in_ascii() -> None:
     _, lines = shown(80, 24, encoding="cp437")
     assert lines and "".join(lines).isascii()
 
 
 def test_memory_beyond_its_limit_is_red() -> None:
-    from diffpipe.cli.picture import Painter
-
     board, _ = shown(80, 24, 4)
     assert board.view is not None
     rows = Painter(board.view, 76, 20, False).ranks(10)[1:]
@@ -123,6 +135,7 @@ def test_a_chart_has_its_largest_value_full_and_its_smallest_a_sliver() -> None:
     assert chart([0.0, 1.0, 2.0], 3, 2) == [" ▁█", "▁██"]
     assert chart([1.0, 3.0], 1) == ["▁"], "columns are means where values are more"
     assert chart([], 5, 2) == ["", ""]
+    assert chart([0.0, math.nan, 1.0, math.inf, 2.0], 3) == ["▁▅█"], "what is not finite is left out"
 
 
 def test_a_series_keeps_its_shape_in_bounded_memory() -> None:
