@@ -128,8 +128,10 @@ def launched_as() -> Launch | None:
     if "TORCHELASTIC_RESTART_COUNT" not in os.environ:
         return None
     name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if name == "none":  # of every launch with a fixed port, which one of a machine can have at a time
-        name = f"{socket.gethostname()}:{os.environ['MASTER_PORT']}"
+    if name == "none":
+        # One launch after another may have the port. What each of them reports is kept in a folder of its own, with one for each start.
+        reports = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent.parent
+        name = f"{socket.gethostname()}:{os.environ['MASTER_PORT']} {reports.name}".rstrip()
     return Launch(name, int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffpipe.checkpoint import list_checkpoints
-from diffpipe.run import LAUNCH
+from diffpipe.run import LAUNCH, launched_as
 from tests.conftest import ROOT, Command, World
 from tests.survival import Running, arguments, run_in, same_weights, started_alone
 
@@ -105,6 +105,21 @@ def test_only_what_torchrun_starts_again_goes_on_by_itself(
     assert "resumed" not in launched(0, 2)
     assert len(list(tmp_path.glob("*/config.yaml"))) == 2
     assert len(list(tmp_path.glob("*/launch.txt"))) == 1, "the name belongs to the newer launch"
+
+
+def test_launches_that_have_one_port_after_another_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(reports: str, restarts: int) -> str:
+        told = {"RUN_ID": "none", "RESTART_COUNT": str(restarts), "ERROR_FILE": f"/tmp/{reports}/attempt_{restarts}/0/error.json"}
+        for key, value in told.items():
+            monkeypatch.setenv(f"TORCHELASTIC_{key}", value)
+        monkeypatch.setenv("MASTER_PORT", "29500")
+        launch = launched_as()
+        assert launch is not None and launch.again == (restarts > 0)
+        return launch.name
+
+    first = name("none_a", 0)
+    assert name("none_a", 1) == first
+    assert name("none_b", 1) != first, "whose processes ended before they had a run must not go on with another"
 
 
 @posix
