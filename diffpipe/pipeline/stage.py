@@ -53,12 +53,13 @@ class _Arriving(torch.autograd.Function):
 
 
 class _Leaving(torch.autograd.Function):
-    """Identity on what goes over a border, contiguous, since gloo refuses to send anything else."""
+    """Identity on what goes over a border: contiguous, since gloo refuses to send anything else, and no view, since the halves of a
+    backward pass (zero-bubble) detach it in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None]) -> Tensor:
         ctx.on_backward = on_backward
-        return x.contiguous()
+        return x.contiguous().detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -111,7 +112,7 @@ class Stage(nn.Module):
         if self.part.last:
             return self._share(sent, targets, number, backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
-        return tuple(_Leaving.apply(t, backward_begins) if t.requires_grad else t.contiguous() for t in sent)
+        return tuple(_Leaving.apply(t, backward_begins) if t.requires_grad else t.contiguous().detach() for t in sent)
 
     def _share(self, outputs: tuple[Tensor, ...], targets: Targets, microbatch: int, backward_begins: Callable[[], None]) -> Tensor:
         by_sample = outputs[0].new_zeros(len(outputs[0]), dtype=torch.float32)

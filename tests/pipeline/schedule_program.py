@@ -32,7 +32,10 @@ def config_of(case: str, world: int, checkpoint: Path) -> Config:
     return Config.model_validate(
         {
             "run": {"steps": 1},
-            "mesh": {"stages": world // int(shard), "shard": int(shard), "schedule": schedule, "reshard": False},
+            "mesh": {
+                **{"stages": world // int(shard), "shard": int(shard), "schedule": schedule, "reshard": False},
+                "spans": 2 if schedule == "zero-bubble" else None,  # so that something arrives and leaves
+            },
             "batch": {"accumulate": MICROBATCHES},
             "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
             "adapter": None if kind == "full" else {"rank": 4},
