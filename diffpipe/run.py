@@ -16,7 +16,7 @@ from diffpipe.checkpoint import best_checkpoint, damage, list_checkpoints, read_
 from diffpipe.config.load import differences
 from diffpipe.config.schema import Config
 from diffpipe.durable import write_durably
-from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
+from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError, told_of_disk
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.versions import versions
 
@@ -223,12 +223,13 @@ def _reopen(config: Config, folder: Path, checkpoint: Path, passed: list[str], l
     check_batch(config, state["data"]["group"], checkpoint)
     earlier = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     changes = _changes(earlier, yaml.safe_load(dump(config)))
-    if changes:
-        # The config that the run had so far is kept beside the one it goes on with.
-        write_durably(folder / f"config.until-{checkpoint.name}.yaml", (folder / CONFIG).read_bytes())
+    with told_of_disk("the run cannot go on in its folder", str(folder), "copy it to a folder that can be written, and name that one"):
+        if changes:
+            # The config that the run had so far is kept beside the one it goes on with.
+            write_durably(folder / f"config.until-{checkpoint.name}.yaml", (folder / CONFIG).read_bytes())
         write_durably(folder / CONFIG, dump(config))
+        _claim(config, folder, launch)
     changes += _changes(state["versions"], versions())
-    _claim(config, folder, launch)
     return Run(folder, checkpoint, tuple(changes), tuple(passed))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -14,8 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffpipe.checkpoint import list_checkpoints
-from diffpipe.run import LAUNCH, launched_as
+from diffpipe.checkpoint import STATE, list_checkpoints
+from diffpipe.config.schema import Config
+from diffpipe.errors import DiffpipeError
+from diffpipe.pipeline.mesh import open_mesh
+from diffpipe.run import CONFIG, LAUNCH, dump, launched_as, open_run
 from tests.conftest import ROOT, Command, World
 from tests.survival import Running, arguments, run_in, same_weights, started_alone
 
@@ -153,6 +157,23 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(command: Comman
     assert "step-00000004 is damaged (rank-00000.safetensors has other bytes than were written)" in done.stdout
     assert "kept as damaged-step-00000004" in done.stdout and "resumed from step-00000002" in done.stdout
     assert same_weights(unbroken, broken)
+
+
+def test_a_run_whose_folder_cannot_be_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.model_validate({"run": {"steps": 1}, "model": {"family": "flux", "path": "x"}, "data": {"folders": [{"path": "x"}]}})
+    checkpoint = tmp_path / "checkpoints/step-00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / STATE).write_text(json.dumps({"step": 1, "files": {}, "data": {"group": 1}, "versions": {}}))
+    (tmp_path / CONFIG).write_bytes(dump(config))
+    with open_mesh(config.mesh) as mesh:
+        assert open_run(config, str(tmp_path), mesh).resumed == checkpoint
+
+        def full(path: Path, content: bytes) -> None:
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr("diffpipe.run.write_durably", full)
+        with pytest.raises(DiffpipeError, match=r"the run cannot go on in its folder: Read-only file system"):
+            open_run(config, str(tmp_path), mesh)
 
 
 def test_a_run_goes_on_over_replicas_with_the_same_samples_and_losses(
