@@ -183,10 +183,13 @@ class Checkpoints:
         return final
 
 
-def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_host: Collection[nn.Parameter] = ()) -> dict[str, Any]:
+def load(
+    path: Path, module: nn.Module, optimizer: Optimizer, rule: str, mesh: Mesh, on_host: Collection[nn.Parameter] = ()
+) -> dict[str, Any]:
     """Fill the part and its optimizer from a checkpoint, whatever mesh wrote it; returns its ``state``.
 
     Args:
+        rule: the optimizer's; the state of one that has another is of no use to it.
         on_host: parameters whose optimizer state stays in host memory.
 
     Raises:
@@ -196,14 +199,15 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer, mesh: Mesh, on_hos
     files = open_files([path / name for name in state["files"]])
     held = joined(files)
     trained = _fill(module, held, path)
-    own: dict[str, Tensor] = {}
-    for key, tensor in held.items():
-        section, _, name = key.partition(".")
-        parameter = trained.get(f"model.{name.partition('//')[0]}") if section == "optimizer" else None
-        if parameter is not None:
-            piece = files.get(piece_name(key, mesh.shard, mesh.shards))
-            own[name] = realise(piece) if piece is not None else _share(name, realise(tensor), parameter, path)
-    restore_state(optimizer, own, on_host)
+    if state.get("rule", rule) == rule:
+        own: dict[str, Tensor] = {}
+        for key, tensor in held.items():
+            section, _, name = key.partition(".")
+            parameter = trained.get(f"model.{name.partition('//')[0]}") if section == "optimizer" else None
+            if parameter is not None:
+                piece = files.get(piece_name(key, mesh.shard, mesh.shards))
+                own[name] = realise(piece) if piece is not None else _share(name, realise(tensor), parameter, path)
+        restore_state(optimizer, own, on_host)
     _restore_random({k: realise(held[k]) for k in _random_states(mesh) if k in held}, mesh)
     return state
 

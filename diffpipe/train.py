@@ -268,7 +268,10 @@ class Trainer:
         self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
         if run.resumed is not None:
-            state = load(run.resumed, self.module, self.optimizer, mesh, self.release.waits_on_host())
+            rule = config.optimizer.rule
+            state = load(run.resumed, self.module, self.optimizer, rule, mesh, self.release.waits_on_host())
+            if (earlier := state.get("rule", rule)) != rule:
+                sinks.warn(f"the state of the optimizer begins anew, for the checkpoint has that of {earlier}, not of {rule}")
             self.step = state["step"]
             self.guard.skipped, self.guard.in_a_row = state["skipped"]
             if state.get("cudnn_given_up"):
@@ -427,6 +430,7 @@ class Trainer:
         state = {
             "data": self.feed.state_dict(),
             "total": self.total,
+            "rule": self.config.optimizer.rule,
             "cudnn_given_up": self.pipeline.attention.retreated,
             "skipped": [self.guard.skipped, self.guard.in_a_row],
             "held_out": self.evaluation.behind(self.step),

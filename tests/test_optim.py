@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes
@@ -13,11 +14,13 @@ from pytorch_optimizer import get_supported_optimizers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffpipe.config.schema import OptimizerConfig
+from diffpipe.checkpoint import Checkpoints, load
+from diffpipe.config.schema import CheckpointConfig, MeshConfig, OptimizerConfig
 from diffpipe.errors import CheckpointError, ConfigError
 from diffpipe.optim import make_optimizer, set_rates
 from diffpipe.optim.named import SPECIAL
 from diffpipe.optim.state import restore_state, state_of
+from diffpipe.pipeline.mesh import open_mesh
 
 KINDS: list[dict[str, Any]] = [
     {"kind": "adamw"},
@@ -144,6 +147,27 @@ def drift(kind: dict[str, Any], dtype: torch.dtype, steps: int = 200) -> Tensor:
         module.weight.grad = torch.ones_like(module.weight)
         optimizer.step()
     return 1 - module.weight.detach().float()
+
+
+def test_a_run_goes_on_with_another_optimizer_from_the_weights_alone(tmp_path: Path) -> None:
+    def made(config: OptimizerConfig) -> tuple[nn.Linear, Optimizer]:
+        layer = nn.Linear(8, 8)
+        layer(torch.ones(1, 8)).square().sum().backward()
+        return layer, make_optimizer(config, layer.named_parameters())
+
+    adamw, others = OptimizerConfig(), [OptimizerConfig(kind="adamw8bit"), OptimizerConfig(rounding="stochastic")]
+    first, optimizer = made(adamw)
+    optimizer.step()
+    with open_mesh(MeshConfig()) as mesh:
+        checkpoints = Checkpoints(tmp_path, mesh, CheckpointConfig(), pinned=False)
+        checkpoints.save(1, first, optimizer, {"rule": adamw.rule})
+        saved = checkpoints.finish()
+        assert saved is not None
+        for config in [adamw, *others]:
+            layer, optimizer = made(config)
+            assert load(saved.path, layer, optimizer, config.rule, mesh)["rule"] == "adamw"
+            assert torch.equal(layer.weight, first.weight) and bool(optimizer.state) == (config is adamw)
+            optimizer.step()
 
 
 def test_small_steps_and_decay_move_16_bit_weights_where_the_optimizer_says_so() -> None:

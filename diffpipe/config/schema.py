@@ -278,6 +278,11 @@ class OptimizerConfig(Section):
     )
     groups: list[GroupConfig] = Field(default_factory=list, description="Parameters with rates of their own.")
 
+    @property
+    def rule(self) -> str:
+        """What moves weights; the state of another is of no use to it."""
+        return self.kind if self.rounding == "nearest" else f"{self.kind} with {self.rounding} rounding"
+
 
 class ScheduleConfig(Section):
     kind: Literal["constant", "linear", "cosine"] = Field(
