@@ -245,24 +245,11 @@ class Trainer:
             replica=mesh.replica,
             replicas=mesh.replicas,
         )
-        self.total = total_steps(config, sampler)
-        loader = make_loader(
-            samples,
-            sampler,
-            model,
-            micro=micro,
-            seed=seed,
-            workers=config.data.workers,
-            normalize_masks=config.data.normalize_masks,
-            pinned=mesh.device.type == "cuda",
-        )
-        self.feed = Feed(loader, mesh.device)
         self.comparison = Comparison(forecast) if forecast is not None and mesh.device.type == "cuda" else None
         self.guard = Guard(config.optimizer, mesh, [str(entry.file) for entry in samples.entries])
         self.watch = Watch(mesh, config.mesh.timeout, tell)
         halved = forecast.halved if forecast is not None else 0
         self.previews = Previews(config.preview, model, pipeline, prompts, sinks, self.watch, halved) if len(prompts) else None
-        self.meter = Meter(mesh, pipeline, self.total)
         self.step = 0
         self.evaluation = Evaluation(config, mesh, model, held_out, pipeline, sinks, self.watch, self._explained)
         self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
@@ -276,9 +263,22 @@ class Trainer:
             self.guard.skipped, self.guard.in_a_row = state["skipped"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
-            if note := self.feed.load_state_dict(state["data"]):
+            if note := sampler.load_state_dict(state["data"]):
                 sinks.warn(note)
             self.evaluation.remember(run.checkpoints)
+        self.total = total_steps(config, sampler, self.step)  # before workers draw from it
+        loader = make_loader(
+            samples,
+            sampler,
+            model,
+            micro=micro,
+            seed=seed,
+            workers=config.data.workers,
+            normalize_masks=config.data.normalize_masks,
+            pinned=mesh.device.type == "cuda",
+        )
+        self.feed = Feed(loader, mesh.device)
+        self.meter = Meter(mesh, pipeline, self.total)
 
     def train(self) -> None:
         """Run to the last step, or until asked to stop."""
@@ -296,6 +296,8 @@ class Trainer:
         self.startup.lap("setup")
         if self.run.resumed:
             self.evaluation.tell_best()
+            if self.step >= self.total:
+                self.sinks.note(f"nothing is left to train behind step {self.step}: raise run.steps or run.epochs")
         else:
             self.evaluation.evaluate(self.step)
             if config.preview.at_start:
@@ -480,9 +482,13 @@ class Trainer:
         return Request.WAIT if self.checkpoints.is_writing() else NOTHING
 
 
-def total_steps(config: Config, sampler: StepSampler) -> int:
-    """The step that the run ends with: the first of ``run.steps`` and the end of ``run.epochs``."""
-    ends = [config.run.steps, sampler.steps_in(config.run.epochs) if config.run.epochs else None]
+def total_steps(config: Config, sampler: StepSampler, step: int) -> int:
+    """The step that the run ends with: the first of ``run.steps`` and the end of ``run.epochs``.
+
+    Args:
+        sampler: at its place behind ``step``.
+    """
+    ends = [config.run.steps, step + sampler.steps_until(config.run.epochs) if config.run.epochs else None]
     total = min(end for end in ends if end is not None)
     if total == 0:
         raise DiffpipeError(

@@ -112,6 +112,8 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
     resumed = command(*asked)
     assert "changed since the run began: run.steps was 2, now 4" in resumed.stdout
     assert "step 4/4" in resumed.stdout
+    again = command(*asked)
+    assert "nothing is left to train behind step 4: raise run.steps or run.epochs" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -47,15 +47,6 @@ class Feed:
         """The place after the last batch handed out."""
         return self._place
 
-    def load_state_dict(self, state: dict[str, Any]) -> str | None:
-        """Go on after the batch at which ``state`` was taken; gives what a person should know when that was not possible."""
-        if self._ahead is not None:
-            self._ahead.result()
-            self._ahead = None
-        note = self._loader.load_state_dict(state)
-        self._place = self._loader.state_dict()
-        return note
-
     def close(self) -> None:
         """End the loader's workers. They ignore the signal by which an interpreter that ends would end them, and wait for them."""
         if self._ahead is not None:

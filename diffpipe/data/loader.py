@@ -1,4 +1,4 @@
-"""Turns steps into batches of model inputs in worker processes, and goes on from any batch exactly."""
+"""Turns steps into batches of model inputs in worker processes, and knows the place from which to go on exactly."""
 
 from __future__ import annotations
 
@@ -65,13 +65,26 @@ class Steps(Dataset[Batch]):
 class Loader:
     """An endless iterator of batches, prefetched by workers.
 
-    The state is the sampler's place after the last batch handed out. It is JSON, the same on every rank, and free of
-    the number of workers, stages or replicas, so that a checkpoint loads on another mesh.
+    It begins at the sampler's place, and draws ahead from it. The state is the sampler's place after the last batch handed out. It is
+    JSON, the same on every rank, and free of the number of workers, stages or replicas, so that a checkpoint loads on another mesh.
     """
 
     def __init__(self, steps: Steps, sampler: StepSampler, workers: int, pinned: bool = False) -> None:
-        self._steps, self._sampler, self._workers, self._pinned = steps, sampler, workers, pinned
-        self._start()
+        self._batches: Iterator[Batch] | None = None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata calls what torch has deprecated
+            self._loader: Any = StatefulDataLoader(
+                steps,
+                batch_size=None,
+                sampler=_Once(sampler),
+                num_workers=workers,
+                collate_fn=_as_is,  # pyright: ignore[reportArgumentType] - torchdata's alias names no type
+                # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
+                generator=torch.Generator().manual_seed(0),
+                multiprocessing_context=worker_context() if workers else None,
+                worker_init_fn=outlive_signals,
+                pin_memory=pinned,
+            )
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -87,38 +100,10 @@ class Loader:
         assert place is not None, "torchdata keeps the state of the sampler it draws from"
         return place
 
-    def load_state_dict(self, state: dict[str, Any]) -> str | None:
-        """Go on after the batch at which ``state`` was taken.
-
-        Returns:
-            What a person should know when that was not possible, as :meth:`StepSampler.load_state_dict` does.
-        """
-        self.close()
-        note = self._sampler.load_state_dict(state)
-        self._start()
-        return note
-
     def close(self) -> None:
         """End the workers."""
         self._batches = None
         self._loader = None
-
-    def _start(self) -> None:
-        self._batches: Iterator[Batch] | None = None
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*set_vital")  # torchdata calls what torch has deprecated
-            self._loader: Any = StatefulDataLoader(
-                self._steps,
-                batch_size=None,
-                sampler=_Once(self._sampler),
-                num_workers=self._workers,
-                collate_fn=_as_is,  # pyright: ignore[reportArgumentType] - torchdata's alias names no type
-                # Its own generator: the loader must not draw from the global one, whose state belongs to the training.
-                generator=torch.Generator().manual_seed(0),
-                multiprocessing_context=worker_context() if self._workers else None,
-                worker_init_fn=outlive_signals,
-                pin_memory=self._pinned,
-            )
 
 
 def make_loader(

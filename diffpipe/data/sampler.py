@@ -85,11 +85,14 @@ class StepSampler(Iterator[Step]):
         """Examples of the running epoch that fill no batch in it and open the next one."""
         return list(self._left)
 
-    def steps_in(self, epochs: int) -> int:
-        """Steps of the first ``epochs`` epochs together, when trained from the start with this batch size."""
-        counts: Counter[Bucket] = Counter()
+    def steps_until(self, epochs: int) -> int:
+        """Steps from this place to the end of the first ``epochs`` epochs."""
+        if epochs <= self._epoch:
+            return 0
+        unseen = [example for step in self._steps[self._done :] for example in step] + self._left
+        counts = Counter(self._buckets[example.sample] for example in unseen)
         for sample, bucket in enumerate(self._buckets):
-            counts[bucket] += self._until(sample, epochs)
+            counts[bucket] += self._until(sample, epochs) - self._until(sample, self._epoch + 1)
         return sum(n // self._group for n in counts.values())
 
     def __next__(self) -> Step:

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -44,8 +45,12 @@ def samples(tmp_path: Path) -> Samples:
     return Samples(entries, Cache(tmp_path), key_of(""))
 
 
-def open_loader(samples: Samples, workers: int, micro: int = 2, accumulate: int = 1, replica: int = 0, replicas: int = 1) -> Loader:
+def open_loader(
+    samples: Samples, workers: int, micro: int = 2, accumulate: int = 1, replica: int = 0, replicas: int = 1, state: Any = None
+) -> Loader:
     sampler = StepSampler(samples.buckets, samples.repeats, micro=micro, accumulate=accumulate, seed=3, replica=replica, replicas=replicas)
+    if state is not None:
+        assert sampler.load_state_dict(state) is None
     return make_loader(samples, sampler, Pool(), micro=micro, seed=3, workers=workers)
 
 
@@ -73,8 +78,7 @@ def test_a_resumed_loader_goes_on_with_exactly_the_next_batches(samples: Samples
     first = list(islice(stopped, 6))
     state = json.loads(json.dumps(stopped.state_dict()))
     stopped.close()
-    resumed = open_loader(samples, after)
-    assert resumed.load_state_dict(state) is None
+    resumed = open_loader(samples, after, state=state)
     rest = list(islice(resumed, 8))
     resumed.close()
     assert all(same(a, b) for a, b in zip(first + rest, unbroken, strict=True))
@@ -87,8 +91,7 @@ def test_the_state_before_the_first_batch_is_the_beginning(samples: Samples, wor
     state = fresh.state_dict()
     first = next(fresh)
     fresh.close()
-    resumed = open_loader(samples, 0)
-    resumed.load_state_dict(state)
+    resumed = open_loader(samples, 0, state=state)
     assert same(next(resumed), first)
 
 
@@ -179,10 +182,7 @@ def test_a_feed_that_fetches_ahead_gives_the_loaders_batches_and_knows_the_place
         feed.fetch_ahead()
         assert same(got, batch)
     state = json.loads(json.dumps(feed.state_dict()))
-    other = Feed(open_loader(samples, workers), torch.device("cpu"))
-    next(other)
-    other.fetch_ahead()
-    assert other.load_state_dict(state) is None
+    other = Feed(open_loader(samples, workers, state=state), torch.device("cpu"))
     assert all(same(next(other), batch) for batch in expected[4:])
 
 

@@ -96,7 +96,7 @@ def test_the_last_step_of_an_epoch_says_so() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_the_steps_of_some_epochs_are_known_in_advance(count: int) -> None:
-    assert sampler(micro=3).steps_in(count) == len(epochs(sampler(micro=3), count))
+    assert sampler(micro=3).steps_until(count) == len(epochs(sampler(micro=3), count))
 
 
 @pytest.mark.parametrize("done", [0, 1, 9, 23, 60])
@@ -114,10 +114,12 @@ def test_a_stream_resumed_with_another_batch_size_still_shows_each_example_once(
     before = list(islice(stopped, 7))
     resumed = sampler(micro=3, replicas=1)
     assert resumed.load_state_dict(stopped.state_dict()) is None
+    foreseen = resumed.steps_until(6)
     list_of_steps = list(islice(resumed, 4))
     again = sampler(micro=3)
     again.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
     rest = epochs(again, 6)
+    assert foreseen == 4 + len(rest)
     seen = Counter(e for step in before + list_of_steps + rest for e in step.examples)
     assert set(seen.values()) == {1}
     assert len(seen) + len(again.left) >= 6 * sum(REPEATS) - 3 * 3
@@ -130,6 +132,7 @@ def test_changed_samples_begin_a_new_epoch_and_tell() -> None:
     other = StepSampler([A] * 4, [1] * 4, micro=1, accumulate=1, seed=0)
     note = other.load_state_dict(stopped.state_dict())
     assert note and "epoch 2" in note
+    assert [other.steps_until(count) for count in (1, 2, 3)] == [0, 4, 8]
     assert {e.sample for e in (x for s in epochs(other, 2) for x in s.examples)} == {0, 1, 2, 3}
 
 
@@ -153,7 +156,7 @@ def test_every_showing_comes_once_and_on_time_for_any_data(
         buckets, repeats, micro=micro, accumulate=accumulate, seed=seed, replica=r, replicas=replicas
     )
     streams = [make(r) for r in range(replicas)]
-    wanted = streams[0].steps_in(4)
+    wanted = streams[0].steps_until(4)
     seen: Counter = Counter()
     for _ in range(wanted):
         steps = [next(s) for s in streams]
