@@ -182,6 +182,18 @@ def test_small_steps_and_decay_move_16_bit_weights_where_the_optimizer_says_so()
     assert torch.equal(rounded, drift({"kind": "adamw", "rounding": "stochastic"}, torch.bfloat16)), "replicas draw alike"
 
 
+@pytest.mark.parametrize("kind", ["adafactor", "came", "lion", "muon"])
+def test_the_rate_and_its_schedule_decide_how_far_weights_move(kind: str) -> None:
+    def moved(scale: float) -> float:
+        module = module_of()
+        before, optimizer = weights(module), optimizer_of(module, kind=kind)
+        set_rates(optimizer, scale)
+        run(module, optimizer, 0, 1)
+        return sum((p - before[n]).norm().item() for n, p in weights(module).items())
+
+    assert moved(0.1) == pytest.approx(0.1 * moved(1.0), rel=1e-2)
+
+
 def test_stochastic_rounding_changes_no_float32_step() -> None:
     plain, rounded = module_of(), module_of()
     run(plain, optimizer_of(plain, kind="adamw"), 0, 5)

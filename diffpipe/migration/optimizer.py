@@ -97,6 +97,8 @@ def convert_optimizer(draft: Draft, old: Table, *, batch: int, dtype: str, adapt
             draft.carry(old, key, f"optimizer.options.{key}")
         else:
             draft.leave(old, key, f"{kind} has no such option here; take it out")
+    if kind == "adafactor" and "relative_step" not in old:
+        draft.put("optimizer.options.relative_step", True)  # the package's own default, by which it has no use for lr
 
 
 def _named(draft: Draft, old: Table, name: str) -> tuple[str, dict[str, Any]]:

@@ -29,6 +29,8 @@ BY_ELEMENT = frozenset(
         *("laprop", "lion", "nadam", "qhadam", "qhm", "radam", "rmsprop", "sgd", "sgdw", "signsgd", "simplifiedademamix", "tiger", "yogi"),
     }
 )
+# What is taken where options say nothing else: by its own default Adafactor's rate follows from the step, whatever lr and schedule are.
+DEFAULTS: dict[str, dict[str, Any]] = {"adafactor": {"relative_step": False}}
 
 
 def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
@@ -42,7 +44,7 @@ def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
     given: dict[str, Any] = {"lr": config.lr}
     # Each has defaults of its own, so that only what the config says is given.
     given |= {name: getattr(config, name) for name in ("betas", "eps") if name in config.model_fields_set}
-    given |= config.options
+    given |= DEFAULTS.get(config.kind, {}) | config.options
     own = {"params", "lr", "weight_decay", "kwargs", "args"}
     for name in given:
         if name not in known or (name in config.options and name in own):
