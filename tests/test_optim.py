@@ -221,6 +221,7 @@ def test_an_object_that_no_checkpoint_can_hold_is_told_when_it_would_be_written(
         ({"kind": "lion", "options": {"betas": 3}}, r"optimizer\.options: lion refuses its options"),
         ({"kind": "adamw", "options": {"fused": True}}, r"optimizer\.options: adamw has no options"),
         ({"kind": "lion", "rounding": "stochastic"}, r"optimizer\.rounding: lion rounds to the nearest"),
+        ({"kind": "prodigy", "groups": [{"match": "0", "lr": 0.5}]}, r"optimizer\.groups: prodigy finds one rate[\s\S]*others: 0\.5"),
         ({"kind": "lbfgs"}, r"optimizer\.kind: lbfgs cannot be used here"),
     ],
 )

@@ -29,6 +29,8 @@ BY_ELEMENT = frozenset(
         *("laprop", "lion", "nadam", "qhadam", "qhm", "radam", "rmsprop", "sgd", "sgdw", "signsgd", "simplifiedademamix", "tiger", "yogi"),
     }
 )
+# They find one rate for all weights, whatever those of groups are.
+ONE_RATE = frozenset({"dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "prodigy"})
 # What is taken where options say nothing else: by its own default Adafactor's rate follows from the step, whatever lr and schedule are.
 DEFAULTS: dict[str, dict[str, Any]] = {"adafactor": {"relative_step": False}}
 
@@ -53,6 +55,13 @@ def make(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
                 where=f"optimizer.{'options' if name in config.options else name}",
                 expected=", ".join(sorted(set(known) - own)),
             )
+    others = sorted({g.lr for g in config.groups if g.lr} - {config.lr})
+    if config.kind in ONE_RATE and others:
+        raise ConfigError(
+            f"{config.kind} finds one rate for all weights, but groups have others: {', '.join(f'{lr:g}' for lr in others)}",
+            where="optimizer.groups",
+            expected=f"lr null, {config.lr:g} or 0, which freezes",
+        )
     for group in groups:
         group["use_muon"] = all(p.ndim > 1 for p in group["params"])  # for those that step matrices and vectors differently
     try:
