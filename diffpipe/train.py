@@ -34,7 +34,7 @@ from diffpipe.meter import Meter
 from diffpipe.metrics import Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
-from diffpipe.optim import check_optimizer, factor, make_optimizer, set_rates
+from diffpipe.optim import caution, check_optimizer, factor, make_optimizer, set_rates
 from diffpipe.outlook import Outlook
 from diffpipe.pipeline.attention import check_attention
 from diffpipe.pipeline.build import build
@@ -98,6 +98,8 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         check_formats(config, model)
         check_attention(config.model.attention, mesh.device)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
+        if told := caution(config.optimizer, config.mesh.stages):
+            sinks.warn(told)
         asked = mesh.decide(lambda: read_prompts(config, model))
         outlook = Outlook(config, model, mesh, asked)
         startup.lap("plan")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from diffpipe.checkpoint import Checkpoints, load
 from diffpipe.config.schema import CheckpointConfig, MeshConfig, OptimizerConfig
 from diffpipe.errors import CheckpointError, ConfigError
-from diffpipe.optim import make_optimizer, set_rates
+from diffpipe.optim import caution, make_optimizer, set_rates
 from diffpipe.optim.named import SPECIAL
 from diffpipe.optim.state import restore_state, state_of
 from diffpipe.pipeline.mesh import open_mesh
@@ -192,6 +192,23 @@ def test_the_rate_and_its_schedule_decide_how_far_weights_move(kind: str) -> Non
         return sum((p - before[n]).norm().item() for n, p in weights(module).items())
 
     assert moved(0.1) == pytest.approx(0.1 * moved(1.0), rel=1e-2)
+
+
+@pytest.mark.parametrize(("kind", "alike"), [("prodigy", False), ("adai", False), ("adafactor", True), ("muon", True)])
+def test_a_kind_that_stages_step_otherwise_than_one_process_is_told_of(kind: str, alike: bool) -> None:
+    whole, parts = module_of(), module_of()
+    config = {"kind": kind, "lr": 1.0}
+    together = [optimizer_of(whole, **config)]
+    apart = [make_optimizer(OptimizerConfig(**config), [(n, p)]) for n, p in parts.named_parameters()]
+    for step in range(12):
+        for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step)) + p.ndim
+            q.grad = p.grad.clone()
+        for optimizer in (*together, *apart):
+            optimizer.step()
+    found = weights(parts)
+    assert all(torch.allclose(p, found[n], rtol=1e-4) for n, p in weights(whole).items()) == alike
+    assert (caution(OptimizerConfig(**config), 2) is None) == alike and caution(OptimizerConfig(**config), 1) is None
 
 
 def test_stochastic_rounding_changes_no_float32_step() -> None:

@@ -86,6 +86,15 @@ def check_optimizer(config: OptimizerConfig, apart: bool = False, sharded: bool 
         )
 
 
+def caution(config: OptimizerConfig, stages: int) -> str | None:
+    """What a person should know of an optimizer over several stages: not every one moves weights there as on one."""
+    from diffpipe.optim.named import TOGETHER
+
+    if stages == 1 or config.kind not in TOGETHER:
+        return None
+    return f"{config.kind} steps a weight by what it knows of all, which are those of a stage: other mesh.stages give other numbers"
+
+
 def steps_by_element(config: OptimizerConfig) -> bool:
     """Whether parts of a weight, stepped by an optimizer each, move as all of it does: known of a kind, and tried where it has options."""
     from diffpipe.optim.named import BY_ELEMENT

@@ -31,6 +31,8 @@ BY_ELEMENT = frozenset(
 )
 # They find one rate for all weights, whatever those of groups are.
 ONE_RATE = frozenset({"dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "prodigy"})
+# They step a weight by what they know of all weights that they have.
+TOGETHER = ONE_RATE | {"adagc", "adai", "adams", "asgd", "avagrad", "dadaptsgd", "swats"}
 # What is taken where options say nothing else: by its own default Adafactor's rate follows from the step, whatever lr and schedule are.
 DEFAULTS: dict[str, dict[str, Any]] = {"adafactor": {"relative_step": False}}
 
