@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from diffpipe.checkpoint import Checkpoints, load, read_state
-from diffpipe.config.schema import Config, MemoryConfig
+from diffpipe.config.schema import CheckpointConfig, Config, EvalConfig, ExportConfig, MemoryConfig, PreviewConfig
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.cache import Cache
 from diffpipe.data.dataset import Samples
@@ -268,7 +268,8 @@ class Trainer:
             if note := sampler.load_state_dict(state["data"]):
                 sinks.warn(note)
             self.evaluation.remember(run.checkpoints)
-        self.total = total_steps(config, sampler, self.step)  # before workers draw from it
+        # Before workers draw from it.
+        self.total, self.epochs = total_steps(config, sampler, self.step), sampler.epochs_over
         loader = make_loader(
             samples,
             sampler,
@@ -312,23 +313,24 @@ class Trainer:
                 self.sinks.started(started)
             if self.step % config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
-            last, epochs = self.step == self.total, record.epoch + 1 if record.epoch_ends else None
-            if last or _due(self.step, config.eval.every_steps) or _due(epochs, config.eval.every_epochs):
+            last, before, self.epochs = self.step == self.total, self.epochs, record.epoch + record.epoch_ends
+            due = partial(is_due, (self.step - 1, self.step), (before, self.epochs))
+            if last or due(config.eval):
                 self.evaluation.evaluate(self.step)
                 requests.listen()
             asked = requests.agreed()
             if Request.WAIT not in asked:
                 self._finish_saving()
             exports = last or Request.EXPORT in asked
-            if exports or _due(self.step, config.export.every_steps) or _due(epochs, config.export.every_epochs):
+            if exports or due(config.export):
                 self.export()
             # Behind the export: a run that is killed in between makes it again.
             saves = last or self.evaluation.is_best(self.step) or bool(asked & (Request.CHECKPOINT | Request.STOP))
-            if saves or _due(self.step, config.checkpoint.every_steps) or _due(epochs, config.checkpoint.every_epochs):
+            if saves or due(config.checkpoint):
                 self.save()
             ends = bool(asked & (Request.STOP | Request.QUIT))
             # Behind the checkpoint, for they may take longer than a machine is left to a run.
-            previews = not ends and (last or _due(self.step, config.preview.every_steps) or _due(epochs, config.preview.every_epochs))
+            previews = not ends and (last or due(config.preview))
             if previews or Request.PREVIEW in asked:
                 self._finish_saving()  # which gives the checkpoint its name
                 self.preview(stopping, asked=Request.PREVIEW in asked)
@@ -502,5 +504,11 @@ def total_steps(config: Config, sampler: StepSampler, step: int) -> int:
     return total
 
 
-def _due(count: int | None, every: int | None) -> bool:
-    return count is not None and every is not None and count % every == 0
+def is_due(steps: tuple[int, int], epochs: tuple[int, int], section: EvalConfig | ExportConfig | CheckpointConfig | PreviewConfig) -> bool:
+    """Whether what a section says is due behind a step.
+
+    Args:
+        steps, epochs: how many were over before it, and are now; several epochs may have passed without a step.
+    """
+    counts = ((steps, section.every_steps), (epochs, section.every_epochs))
+    return any(every is not None and now // every > before // every for (before, now), every in counts)

@@ -81,6 +81,11 @@ class StepSampler(Iterator[Step]):
         return len(self._steps)
 
     @property
+    def epochs_over(self) -> int:
+        """Epochs of which no step follows."""
+        return self._epoch + (0 < self._done == len(self._steps))
+
+    @property
     def left(self) -> list[Example]:
         """Examples of the running epoch that fill no batch in it and open the next one."""
         return list(self._left)

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffpipe.config.schema import CheckpointConfig
 from diffpipe.data.buckets import Bucket
 from diffpipe.data.sampler import Step, StepSampler
 from diffpipe.errors import DiffpipeError
+from diffpipe.train import is_due
 
 A, B, C = Bucket(1, 64, 64), Bucket(1, 48, 96), Bucket(17, 64, 64)
 BUCKETS = [A] * 13 + [B] * 7 + [C] * 2
@@ -62,6 +64,16 @@ def test_a_bucket_smaller_than_a_batch_waits_until_epochs_fill_it() -> None:
     steps = list(islice(stream, 2))
     assert [s.epoch for s in steps] == [7, 15]
     assert [e.epoch for e in steps[0].examples] == list(range(8))
+
+
+def test_what_is_due_every_few_epochs_comes_though_most_of_them_fill_no_batch() -> None:
+    stream = StepSampler([A, A, A], [1, 1, 1], micro=4, accumulate=4, seed=0)
+    section, due = CheckpointConfig(every_epochs=10), []
+    for step in range(1, 10):
+        before, found = stream.epochs_over, next(stream)
+        assert stream.epochs_over == found.epoch + found.epoch_ends
+        due += [stream.epochs_over] * is_due((step - 1, step), (before, stream.epochs_over), section)
+    assert due == [11, 22, 32, 43]  # none of the epochs with a step is a multiple of ten
 
 
 def test_the_stream_does_not_depend_on_how_a_step_is_shared_out() -> None:
