@@ -45,6 +45,8 @@ def test_all_faults_are_in_one_report_with_what_was_probably_meant(tmp_path: Pat
             "run: {steps: 1}\ndata: {folders: [{path: x}]}\nmodel: {family: flux, dtype: float32, trainable_dtype: bfloat16}",
             "trainable_dtype is bfloat16, must be float32 or that of the computation, float32",
         ),
+        ("optimizer: {groups: [{match: '*attn'}]}", r"optimizer.groups.0.match: '\*attn' is no regular expression: nothing to repeat"),
+        ("adapter: {ranks: {'(': 4}}", r"adapter.ranks.*'\(' is no regular expression"),
     ],
 )
 def test_a_file_that_is_no_config_says_why(tmp_path: Path, text: str, told: str) -> None:

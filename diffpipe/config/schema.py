@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 DType = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -28,6 +28,16 @@ def bytes_of(given: Any) -> Any:
     prefix = found[2] or ""
     return int(float(found[1]) * (1024 if prefix.endswith("i") else 1000) ** " kMGT".index(prefix[0] if prefix else " "))
 
+
+def _pattern(given: str) -> str:
+    try:
+        re.compile(given)
+    except re.error as fault:
+        raise ValueError(f"{given!r} is no regular expression: {fault}") from fault
+    return given
+
+
+Pattern = Annotated[str, AfterValidator(_pattern)]
 
 # What is written is text with a unit, or a number of bytes.
 Bytes = Annotated[int, Field(ge=1), BeforeValidator(bytes_of, json_schema_input_type=int | str)]
@@ -223,7 +233,7 @@ class AdapterConfig(Section):
         description="Low-rank pairs; those with a trained magnitude for each output (dora); or Kronecker products (lokr).",
     )
     rank: Positive = Field(default=16, description="Rank of each low-rank pair.")
-    ranks: dict[str, Positive] = Field(
+    ranks: dict[Pattern, Positive] = Field(
         default_factory=dict, description="Regular expressions searched in module names, with a rank for what they match; the first wins."
     )
     alpha: float | None = Field(default=None, gt=0, description="Scale numerator: the update is alpha/rank * B A; null means alpha = rank.")
@@ -231,15 +241,15 @@ class AdapterConfig(Section):
     decompose_factor: int = Field(
         default=-1, description="LoKr: the size of the smaller Kronecker factor's sides; -1 makes both factors as equal as can be."
     )
-    targets: list[str] | None = Field(
+    targets: list[Pattern] | None = Field(
         default=None, description="Regular expressions searched in module names; null adapts every linear layer in the model's blocks."
     )
-    exclude: list[str] = Field(default_factory=list, description="Regular expressions of module names never adapted.")
+    exclude: list[Pattern] = Field(default_factory=list, description="Regular expressions of module names never adapted.")
     init: Path | None = Field(default=None, description="Adapter file to start from (diffusers, ComfyUI or kohya keys).")
 
 
 class GroupConfig(Section):
-    match: str = Field(description="Regular expression searched in parameter names; the first group that matches takes the parameter.")
+    match: Pattern = Field(description="Regular expression searched in parameter names; the first group that matches takes the parameter.")
     lr: float | None = Field(default=None, ge=0, description="Learning rate of the group; 0 freezes it, null takes optimizer.lr.")
     weight_decay: float | None = Field(default=None, ge=0, description="Weight decay of the group; null takes optimizer.weight_decay.")
 

@@ -31,28 +31,32 @@ def resolve_targets(model: DiffusionModel, module: nn.Module, config: AdapterCon
         ConfigError: when a pattern finds no layer, or none is left.
     """
     linear = [name for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-    names = model.adapter_targets(module) if config.targets is None else _matching(linear, config.targets, "adapter.targets")
-    excluded = set(_matching(linear, config.exclude, "adapter.exclude"))
+    names = model.adapter_targets(module) if config.targets is None else matching(linear, config.targets, "adapter.targets")
+    excluded = set(matching(linear, config.exclude, "adapter.exclude"))
     left = [name for name in names if name not in excluded]
     if not left:
         raise ConfigError("every layer is excluded", where="adapter.exclude", fix="exclude fewer")
-    _matching(left, list(config.ranks), "adapter.ranks")
+    matching(left, list(config.ranks), "adapter.ranks")
     return {name: next((rank for pattern, rank in config.ranks.items() if re.search(pattern, name)), config.rank) for name in left}
 
 
-def _matching(names: Sequence[str], patterns: Sequence[str], key: str) -> list[str]:
+def matching(names: Sequence[str], patterns: Sequence[str], key: str, kind: str = "linear layer") -> list[str]:
+    """Those of the names that any of the patterns finds.
+
+    Args:
+        key: of the config, which has the patterns.
+        kind: what is named.
+
+    Raises:
+        ConfigError: when a pattern finds none.
+    """
     found: dict[str, None] = {}
     for pattern in patterns:
-        try:
-            hits = [name for name in names if re.search(pattern, name)]
-        except re.error as fault:
-            raise ConfigError(f"{pattern!r} is no regular expression: {fault}", where=key) from fault
+        hits = [name for name in names if re.search(pattern, name)]
         if not hits:
             tails = sorted({name.rsplit(".", 1)[-1] for name in names} | {".".join(name.split(".")[-2:]) for name in names})
             near = difflib.get_close_matches(pattern, tails, 3, 0.4)
-            raise ConfigError(
-                f"{pattern!r} finds no linear layer", where=key, expected=f"part of a name such as {', '.join(near or tails[:3])}"
-            )
+            raise ConfigError(f"{pattern!r} finds no {kind}", where=key, expected=f"part of a name such as {', '.join(near or tails[:3])}")
         found |= dict.fromkeys(hits)
     return [name for name in names if name in found]
 

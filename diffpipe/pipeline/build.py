@@ -13,7 +13,7 @@ from torch import nn
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
-from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, resolve_targets
+from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, matching, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
@@ -167,7 +167,13 @@ def _set_types(module: nn.Module, model: DiffusionModel, config: Config) -> None
 
 
 def _freeze(module: nn.Module, config: Config) -> None:
-    """Parameters of groups whose rate is 0 do not train."""
+    """Parameters of groups whose rate is 0 do not train.
+
+    Raises:
+        ConfigError: when a group finds no parameter that trains, or none is left.
+    """
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    matching(trained, [group.match for group in config.optimizer.groups], "optimizer.groups", "parameter that trains")
     for name, parameter in module.named_parameters():
         group = next((g for g in config.optimizer.groups if re.search(g.match, name)), None)
         if group is not None and group.lr == 0:

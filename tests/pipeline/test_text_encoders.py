@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig
+from diffpipe.config.schema import Config, GroupConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from diffpipe.errors import ConfigError
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import make_optimizer
@@ -80,3 +81,6 @@ def test_a_rate_of_zero_freezes_an_encoder(model: DiffusionModel, adapter: dict[
     groups = make_optimizer(config.optimizer, whole.named_parameters()).param_groups
     rates = {name.split(".")[0]: group["lr"] for group in groups for name in group["names"]}
     assert rates == {model.component: 1e-4, "text_encoder_2": 1e-6}
+    other = config.model_copy(update={"optimizer": OptimizerConfig(groups=[GroupConfig(match="^text_encoder_3", lr=1e-6)])})
+    with pytest.raises(ConfigError, match=r"optimizer\.groups: '\^text_encoder_3' finds no parameter that trains"):
+        outline(other, model)
