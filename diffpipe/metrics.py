@@ -110,6 +110,7 @@ class StepRecord:
 
     Attributes:
         smoothed: the loss, averaged over about the last 50 steps.
+        lr: the largest of all groups, times what an optimizer that finds its rate has found.
         left: what the rest of the run will take.
         by_time: (t, loss) of every sample, t in [0, 1] with 1 for pure noise.
         ranks: in order.

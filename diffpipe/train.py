@@ -34,7 +34,7 @@ from diffpipe.meter import Meter
 from diffpipe.metrics import Progress, Sink, Sinks, StepRecord, TextSink
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
-from diffpipe.optim import caution, check_optimizer, factor, make_optimizer, set_rates
+from diffpipe.optim import caution, check_optimizer, factor, make_optimizer, rate_of, set_rates
 from diffpipe.outlook import Outlook
 from diffpipe.pipeline.attention import check_attention
 from diffpipe.pipeline.build import build
@@ -373,7 +373,7 @@ class Trainer:
         self.meter.lap("optimizer")
         self.step += 1
         self.watch.tick()
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        lr = rate_of(self.optimizer)
         told = self.mesh.gather([requests.own(), *self.meter.measured(batch)])
         requests.hear(row[0] for row in told)
         record = self.meter.record(self.step, batch, [row[1:] for row in told], loss, grad_norm, lr, self.guard.skipped)

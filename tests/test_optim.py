@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from diffpipe.checkpoint import Checkpoints, load
 from diffpipe.config.schema import CheckpointConfig, MeshConfig, OptimizerConfig
 from diffpipe.errors import CheckpointError, ConfigError
-from diffpipe.optim import caution, make_optimizer, set_rates
+from diffpipe.optim import caution, make_optimizer, rate_of, set_rates
 from diffpipe.optim.named import SPECIAL
 from diffpipe.optim.state import restore_state, state_of
 from diffpipe.pipeline.mesh import open_mesh
@@ -192,6 +192,16 @@ def test_the_rate_and_its_schedule_decide_how_far_weights_move(kind: str) -> Non
         return sum((p - before[n]).norm().item() for n, p in weights(module).items())
 
     assert moved(0.1) == pytest.approx(0.1 * moved(1.0), rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["prodigy", "dadaptadam"])
+def test_the_rate_told_is_what_the_optimizer_has_found(kind: str) -> None:
+    module = module_of()
+    optimizer = optimizer_of(module, kind=kind, lr=1.0)
+    set_rates(optimizer, 0.5)
+    assert rate_of(optimizer) == pytest.approx(0.5e-6), "the package's first guess is 1e-6"
+    run(module, optimizer, 0, 20)
+    assert rate_of(optimizer) > 2e-6
 
 
 @pytest.mark.parametrize(("kind", "alike"), [("prodigy", False), ("adai", False), ("adafactor", True), ("muon", True)])

@@ -146,3 +146,8 @@ def set_rates(optimizer: Optimizer, scale: float) -> None:
     """Give every group ``scale`` times its rate after warm-up."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
+
+
+def rate_of(optimizer: Optimizer) -> float:
+    """The largest rate of its groups, times what Prodigy and D-Adaptation have found."""
+    return max(group["lr"] * group.get("d", 1.0) for group in optimizer.param_groups)
