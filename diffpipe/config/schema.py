@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import re
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 DType = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
@@ -16,6 +27,15 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _no_switch_for_a_number(cls, given: Any, read: ValidatorFunctionWrapHandler) -> Any:
+        """YAML reads on and yes as true, which Python counts as 1."""
+        value = read(given)
+        if isinstance(given, bool) and not isinstance(value, bool):
+            raise ValueError(f"{'true (on, yes)' if given else 'false (off, no)'} found, a number expected")
+        return value
 
 
 def bytes_of(given: Any) -> Any:
@@ -39,6 +59,19 @@ def _pattern(given: str) -> str:
 
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
+
+def numbers_of(given: Any) -> Any:
+    """What YAML takes for text where a number has an exponent and no dot, such as 1e-6, as a number."""
+    if isinstance(given, dict):
+        return {name: numbers_of(value) for name, value in given.items()}
+    if isinstance(given, list):
+        return [numbers_of(value) for value in given]
+    return float(given) if isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given, re.IGNORECASE) else given
+
+
+# A path that begins with ~ begins with the home folder.
+File = Annotated[Path, AfterValidator(lambda path: Path(expanduser(path)))]
+Place = Annotated[str, AfterValidator(expanduser)]
 # What is written is text with a unit, or a number of bytes.
 Bytes = Annotated[int, Field(ge=1), BeforeValidator(bytes_of, json_schema_input_type=int | str)]
 
@@ -152,18 +185,18 @@ class BatchConfig(Section):
 
 
 class MergeConfig(Section):
-    path: Path = Field(description="LoRA file (diffusers, ComfyUI or kohya keys).")
+    path: File = Field(description="LoRA file (diffusers, ComfyUI or kohya keys).")
     weight: float = Field(default=1.0, description="What its update is multiplied by.")
 
 
 class ModelConfig(Section):
     family: str = Field(description="Model family; `diffpipe models` lists them.")
-    path: str | None = Field(
+    path: Place | None = Field(
         default=None,
         description="Diffusers folder of the whole pipeline, one file that holds several components, `hf:OWNER/NAME@REVISION` for a"
         " repository of the Hugging Face hub, or `toy:NAME` for a tiny random model; null takes every component from `files`.",
     )
-    files: dict[str, Path] = Field(
+    files: dict[str, File] = Field(
         default_factory=dict,
         description="Files or folders of single components (original, ComfyUI or diffusers tensor names), by diffusers' name of the"
         " component: the denoiser (transformer, or unet for SDXL), vae, text_encoder, text_encoder_2, image_encoder, tokenizer ...",
@@ -245,7 +278,7 @@ class AdapterConfig(Section):
         default=None, description="Regular expressions searched in module names; null adapts every linear layer in the model's blocks."
     )
     exclude: list[Pattern] = Field(default_factory=list, description="Regular expressions of module names never adapted.")
-    init: Path | None = Field(default=None, description="Adapter file to start from (diffusers, ComfyUI or kohya keys).")
+    init: File | None = Field(default=None, description="Adapter file to start from (diffusers, ComfyUI or kohya keys).")
 
 
 class GroupConfig(Section):
@@ -261,7 +294,9 @@ class OptimizerConfig(Section):
         description="`adamw` (torch), `adamw8bit` (bitsandbytes), `adamw8bit-kahan` (the same, whose small steps move 16-bit weights"
         " too), or any of the pytorch-optimizer package, such as `prodigy`, `adafactor`, `muon`, `lion`, `came`.",
     )
-    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of that optimizer.")
+    options: Annotated[dict[str, Any], AfterValidator(numbers_of)] = Field(
+        default_factory=dict, description="Further arguments of that optimizer."
+    )
     rounding: Literal["nearest", "stochastic"] = Field(
         default="nearest",
         description="How `adamw` puts a step into bfloat16 weights (model.trainable_dtype): `stochastic` rounds by chance, so that small"
@@ -363,15 +398,15 @@ class MediaConfig(Section):
 
 
 class FolderBase(Section):
-    path: str = Field(
+    path: Place = Field(
         description="Folder of images, videos and .tar shards with their captions (files of the same name, captions.json or"
         " metadata.jsonl), or `toy:pictures`, `toy:clips`."
     )
     repeats: float = Field(default=1.0, gt=0, description="Times each sample is seen in an epoch; 0.5 shows each in every second epoch.")
-    masks: Path | None = Field(
+    masks: File | None = Field(
         default=None, description="Folder of masks, pictures of the same stem and size: white trains, black does not; null trains all."
     )
-    controls: Path | None = Field(
+    controls: File | None = Field(
         default=None,
         description="Folder of control pictures, one of the same stem for each picture: what the model is shown to make it from, "
         "such as the picture before an edit. Only for families that take them; those need it. Also `toy:greys`.",
@@ -392,7 +427,7 @@ class DataConfig(MediaConfig):
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="What a bad file does: `fail` ends caching with the list of all, `skip` leaves it out and counts it."
     )
-    cache_dir: Path | None = Field(default=None, description="Where encoded latents and text are kept; null means OUTPUT_DIR/cache.")
+    cache_dir: File | None = Field(default=None, description="Where encoded latents and text are kept; null means OUTPUT_DIR/cache.")
     encode_batch: Positive = Field(default=1, description="Samples encoded at once while caching.")
     encode_workers: int = Field(
         default=2, ge=0, description="Processes per rank that decode media while caching; 0 decodes in the process that encodes."
@@ -443,7 +478,7 @@ class PromptConfig(Section):
     width: Positive | None = Field(default=None, description="Pixels across; null is that of preview.")
     height: Positive | None = Field(default=None, description="Pixels down; null is that of preview.")
     frames: Positive | None = Field(default=None, description="Frames of a clip; null is that of preview.")
-    image: Path | None = Field(
+    image: File | None = Field(
         default=None,
         description="Picture that it is made from, scaled and cropped to its size: a clip's first frame, or the picture before an edit."
         " Only for families that take one; those need it.",
@@ -623,7 +658,7 @@ class MetricsConfig(Section):
 
 
 class Config(Section):
-    output_dir: Path = Field(default=Path("runs"), description="Folder that run folders, named by their start time, are made in.")
+    output_dir: File = Field(default=Path("runs"), description="Folder that run folders, named by their start time, are made in.")
     run: RunConfig = Field(description="How long, and from which seed.")
     mesh: MeshConfig = Field(
         default_factory=MeshConfig, description="How processes share the work; torchrun must start stages x replicate x shard of them."
