@@ -40,6 +40,8 @@ def test_all_faults_are_in_one_report_with_what_was_probably_meant(tmp_path: Pat
         ("run: [1", "line 1"),
         ("- 1", "not keys and values"),
         ("run: {steps: 1}\nrun: {steps: 2}", "written twice"),
+        ("? [run]\n: 1", "line 1.*no name for a key"),
+        ("# run: {steps: 1}", "holds nothing"),
         ("run: {steps: 1}", "model: is missing"),
         (
             "run: {steps: 1}\ndata: {folders: [{path: x}]}\nmodel: {family: flux, dtype: float32, trainable_dtype: bfloat16}",
@@ -52,6 +54,44 @@ def test_all_faults_are_in_one_report_with_what_was_probably_meant(tmp_path: Pat
 def test_a_file_that_is_no_config_says_why(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load_config(written(tmp_path, text))
+
+
+SHORT = "run: {steps: 1}\nmodel: {family: flux, path: x}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("memory: {swap: on}", "memory.swap: true (on, yes) found, a number expected"),
+        (
+            "memory: {swap: al}",
+            "memory.swap: 'al' found, input should be a valid integer, unable to parse string as an integer; or 'all' or 'auto'",
+        ),
+        ("data: {folders: [{path: x}], aspect: {cout: 3}}", "data.aspect.cout: there is no such key; did you mean count?"),
+        ("data: {folders: [{path: x}], aspect: {min: 2, max: 1}}", "data.aspect: min 2.0 is above max 1.0"),
+        ("mesh:", "mesh: nothing found, keys below it expected; take it out where all have their defaults"),
+        ("mesh: auto", "mesh: 'auto' found, input should be keys and values"),
+    ],
+)
+def test_a_key_at_fault_has_one_line(tmp_path: Path, text: str, told: str) -> None:
+    data = "" if text.startswith("data") else "data: {folders: [{path: x}]}\n"
+    with pytest.raises(ConfigError) as fault:
+        load_config(written(tmp_path, SHORT + data + text))
+    assert str(fault.value).splitlines()[1:-1] == [f"  {told}"]
+
+
+def test_what_yaml_has_its_own_ways_with_is_read_as_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    folders = "data:\n  folders:\n    - &first {path: ~/one, repeats: 2}\n    - {<<: *first, path: ~/two}\n"
+    config = load_config(
+        written(
+            tmp_path, SHORT + folders + "output_dir: ~/runs\noptimizer: {kind: prodigy, options: {d0: 1e-6, betas: [0.9, 1E-3], name: a1e}}"
+        )
+    )
+    assert [(f.path, f.repeats) for f in config.data.folders] == [(str(tmp_path / "one"), 2), (str(tmp_path / "two"), 2)]
+    assert config.output_dir == tmp_path / "runs"
+    assert config.optimizer.options == {"d0": 1e-6, "betas": [0.9, 1e-3], "name": "a1e"}
 
 
 def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:

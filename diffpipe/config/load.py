@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,12 +16,16 @@ from diffpipe.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reports a key written twice, and reads 1e-4 as a number."""
+    """YAML that reports a key written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *anchor`, whose keys those beside it may replace
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is no name for a key", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
             seen.add(key)
@@ -41,7 +46,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"cannot be read: {fault}", where=str(path), expected="a UTF-8 YAML file") from fault
     raw = _parse(text, str(path))
     if not isinstance(raw, dict):
-        raise ConfigError(f"holds {type(raw).__name__}, not keys and values", where=str(path), expected="YAML such as `run: {steps: 100}`")
+        held = "nothing" if raw is None else type(raw).__name__
+        raise ConfigError(f"holds {held}, not keys and values", where=str(path), expected="YAML such as `run: {steps: 100}`")
     for override in overrides:
         _put(raw, override)
     return validate(raw, str(path))
@@ -56,7 +62,7 @@ def validate(raw: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as faults:
-        lines = [_explain(fault) for fault in faults.errors()]
+        lines = _explained([(_without_kinds(fault["loc"]), fault) for fault in faults.errors()])
         count = f"{len(lines)} faults" if len(lines) > 1 else "1 fault"
         raise ConfigError(
             f"{count}\n" + "\n".join(f"  {line}" for line in lines), where=where, fix="see configs/reference.yaml for every key"
@@ -108,16 +114,41 @@ def _index(place: list[Any], name: str, key: str) -> int:
     return int(name)
 
 
-def _explain(fault: Any) -> str:
-    key = ".".join(str(p) for p in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"{key}: there is no such key{_did_you_mean(fault['loc'])}"
-    if fault["type"] == "missing":
+def _without_kinds(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Names and places alone: behind a key whose value may be of several kinds pydantic says which of them was tried."""
+    for i in range(1, len(loc)):
+        holder = _section(loc[: i - 1])
+        field = holder.model_fields.get(str(loc[i - 1])) if holder else None
+        if field and get_origin(field.annotation) in (Union, UnionType) and len(set(get_args(field.annotation)) - {NoneType}) > 1:
+            return loc[:i] + loc[i + 1 :]
+    return loc
+
+
+def _explained(faults: list[tuple[tuple[str | int, ...], Any]]) -> list[str]:
+    """A line for each key at fault; one that may be of several kinds has a fault for each, of which those that lie deepest say most."""
+    by_key: dict[tuple[str | int, ...], list[Any]] = {}
+    for loc, fault in faults:
+        if not any(deeper[: len(loc)] == loc != deeper for deeper, _ in faults):
+            by_key.setdefault(loc, []).append(fault)
+    return [_explain(loc, found) for loc, found in by_key.items()]
+
+
+def _explain(loc: tuple[str | int, ...], faults: list[Any]) -> str:
+    key = ".".join(str(p) for p in loc)
+    fault = next((f for f in faults if f["type"] == "value_error"), faults[0])
+    kind, given = fault["type"], fault.get("input")
+    if kind == "extra_forbidden":
+        return f"{key}: there is no such key{_did_you_mean(loc)}"
+    if kind == "missing":
         return f"{key}: is missing"
-    message = fault["msg"].removeprefix("Value error, ")
-    if isinstance(fault.get("input"), dict | list) or fault["type"] == "value_error":
+    if kind == "value_error":
+        message = fault["msg"].removeprefix("Value error, ")
         return f"{key}: {message}" if key else message
-    return f"{key}: {fault['input']!r} found, {message[0].lower()}{message[1:]}"
+    if kind == "model_type" and given is None:
+        return f"{key}: nothing found, keys below it expected; take it out where all have their defaults"
+    messages = ["Input should be keys and values" if f["type"] == "model_type" else f["msg"] for f in faults]
+    message = "; or ".join([messages[0], *(m.removeprefix("Input should be ") for m in messages[1:])])
+    return f"{key}: {message}" if isinstance(given, dict | list) else f"{key}: {given!r} found, {message[0].lower()}{message[1:]}"
 
 
 def _did_you_mean(loc: tuple[str | int, ...]) -> str:
