@@ -20,6 +20,7 @@ from diffpipe.data.dataset import Sample
 from diffpipe.data.sampler import StepSampler
 from diffpipe.data.scan import Dropped, Remembered
 from diffpipe.encode import cache_folder, look, place, prepare_data
+from diffpipe.errors import told_of_disk
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 
@@ -131,12 +132,10 @@ def contact_sheets(survey: Survey, folder: Path) -> list[Path]:
     Args:
         folder: where ``SET-BUCKET.jpg`` go.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for bucket, samples in _by_bucket(survey.samples):
-        paths.append(folder / f"{survey.name}-{bucket}.jpg")
-        sheet([(_framed(s, survey.fps), _title(s)) for s in _spread(samples, PER_SHEET)]).save(paths[-1], quality=90)
-    return paths
+    return [
+        _saved(folder / f"{survey.name}-{bucket}.jpg", [(_framed(s, survey.fps), _title(s)) for s in _spread(samples, PER_SHEET)])
+        for bucket, samples in _by_bucket(survey.samples)
+    ]
 
 
 def decoded_sheets(config: Config, folder: Path, device: torch.device) -> list[Path]:
@@ -147,7 +146,6 @@ def decoded_sheets(config: Config, folder: Path, device: torch.device) -> list[P
     Args:
         folder: where ``SET-BUCKET-decoded.jpg`` go.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     model = make_model(config.model, config.objective)
     held = [(name, prepare_data(config, model, folders, device=device)[0].entries) for name, folders in _sets(config)]
     encoders = model.load_encoders(device)
@@ -163,9 +161,16 @@ def decoded_sheets(config: Config, folder: Path, device: torch.device) -> list[P
                     pixels = model.decode_media(encoders, cache[sample.media]["latents"][None])[0]
                 shown = sorted({0, pixels.shape[1] // 2, pixels.shape[1] - 1})
                 cells += [(to_picture(pixels[:, f]), f"{_title(sample)}\nframe {f}" if f else _title(sample)) for f in shown]
-            paths.append(folder / f"{name}-{bucket}-decoded.jpg")
-            sheet(cells).save(paths[-1], quality=90)
+            paths.append(_saved(folder / f"{name}-{bucket}-decoded.jpg", cells))
     return paths
+
+
+def _saved(path: Path, cells: list[tuple[Image.Image, str]]) -> Path:
+    picture = sheet(cells)
+    with told_of_disk(f"{path.name} cannot be written", str(path.parent), "name another folder with --output, or free some space"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path, quality=90)
+    return path
 
 
 def _sets(config: Config) -> list[tuple[str, list[FolderBase]]]:

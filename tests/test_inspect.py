@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from diffpipe.config.schema import Config, ModelConfig, ObjectiveConfig
-from diffpipe.inspection import CELL, decoded_sheets, survey
+from diffpipe.errors import DiffpipeError
+from diffpipe.inspection import CELL, contact_sheets, decoded_sheets, survey
 from diffpipe.models import MODELS, make_model
 from diffpipe.toy import materialize
 from tests.conftest import Command
@@ -62,6 +63,13 @@ def test_the_command_tells_buckets_captions_and_what_is_left_out(command: Comman
     assert sheet.getpixel((CELL[0] // 2, 55)) == pytest.approx((0, 0, 255), abs=12)
     red, green, _ = sheet.getpixel((CELL[0] // 2 - 80, 55))  # pyright: ignore[reportGeneralTypeIssues]
     assert red > 240 and green == pytest.approx(153, abs=15)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no folder")
+    found = survey(materialize(config_of(tmp_path, folders=[{"path": str(pictures(tmp_path / "media"))}]), tmp_path / "toys"))[0]
+    with pytest.raises(DiffpipeError, match=r"notes: train-1x\d+x\d+.jpg cannot be written: .*\n.*--output"):
+        contact_sheets(found, tmp_path / "notes")
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])
