@@ -109,7 +109,7 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         config, forecast = outlook.config, outlook.forecast
         for line in outlook.lines:
             sinks.note(line)
-        torch.manual_seed(config.run.seed + mesh.rank)
+        torch.manual_seed((config.run.seed + mesh.rank) % 2**64)
         with explained(f"the weights of stage {mesh.stage}", mesh.device, remedies(config)):
             pipeline = build(config, model, mesh, lambda done, total: sinks.progress(Progress("load", done, total)), startup.lap)
         Trainer(config, mesh, run, sinks, model, samples, held_out, prompts, pipeline, forecast, tell, startup).train()

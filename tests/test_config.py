@@ -69,6 +69,10 @@ SHORT = "run: {steps: 1}\nmodel: {family: flux, path: x}\n"
         ),
         ("data: {folders: [{path: x}], aspect: {cout: 3}}", "data.aspect.cout: there is no such key; did you mean count?"),
         ("data: {folders: [{path: x}], aspect: {min: 2, max: 1}}", "data.aspect: min 2.0 is above max 1.0"),
+        (
+            "preview: {seed: 18446744073709551616}",
+            "preview.seed: 18446744073709551616 found, input should be less than 18446744073709551616",
+        ),
         ("mesh:", "mesh: nothing found, keys below it expected; take it out where all have their defaults"),
         ("mesh: auto", "mesh: 'auto' found, input should be keys and values"),
     ],

@@ -22,6 +22,7 @@ from pydantic import (
 DType = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what a generator takes
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -81,7 +82,7 @@ class RunConfig(Section):
     epochs: Positive | None = Field(
         default=None, description="Passes over the data; whichever of `steps` and `epochs` ends first ends the run."
     )
-    seed: int = Field(default=0, ge=0, description="Decides data order, noise, timesteps and new weights.")
+    seed: Seed = Field(default=0, description="Decides data order, noise, timesteps and new weights.")
 
     @model_validator(mode="after")
     def _has_an_end(self) -> RunConfig:
@@ -474,7 +475,7 @@ class EvalConfig(Section):
 class PromptConfig(Section):
     prompt: str = Field(description="What is sampled.")
     negative: str | None = Field(default=None, description="What it is guided away from; null is that of preview.")
-    seed: int | None = Field(default=None, ge=0, description="Decides its noise; null is that of preview.")
+    seed: Seed | None = Field(default=None, description="Decides its noise; null is that of preview.")
     width: Positive | None = Field(default=None, description="Pixels across; null is that of preview.")
     height: Positive | None = Field(default=None, description="Pixels down; null is that of preview.")
     frames: Positive | None = Field(default=None, description="Frames of a clip; null is that of preview.")
@@ -516,7 +517,7 @@ class PreviewConfig(Section):
         description="What prompts are guided away from where they say nothing themselves; null is what the family's pipeline in diffusers"
         " takes. Only for families with classifier-free guidance.",
     )
-    seed: int = Field(default=0, ge=0, description="Decides the noise, which is drawn on the CPU and the same on any device and mesh.")
+    seed: Seed = Field(default=0, description="Decides the noise, which is drawn on the CPU and the same on any device and mesh.")
     width: Positive | None = Field(
         default=None, description="Pixels across; null is that of the squarest bucket of the data's largest resolution."
     )
