@@ -86,7 +86,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: when it is missing or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors put a mark in front
     except FileNotFoundError:
         raise ConfigError("no such file", where=str(path), expected="a diffusion-pipe config (TOML)") from None
     except tomllib.TOMLDecodeError as fault:

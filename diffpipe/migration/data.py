@@ -117,7 +117,7 @@ def _tell_sizes(draft: Draft, table: Table, to: str) -> None:
 
 def _folder(table: Table, clips: str, dropout: float, takes_controls: bool) -> dict[str, Any]:
     """A folder with all that holds for it."""
-    variants = int(table.number("cache_shuffle_num", 0)) or int(table.flag("shuffle_tags"))
+    variants = table.count("cache_shuffle_num", 0, least=0) or int(table.flag("shuffle_tags"))
     repeats = table.number("num_repeats", 1) * max(1, variants) * table.number("subsample_ratio", 1)
     folder: dict[str, Any] = {"path": table.text("path")}
     if repeats != 1:
@@ -160,7 +160,7 @@ def _aspect(table: Table) -> Any:
         return [1.0]
     ratios = table.entries("ar_buckets")
     if not ratios:
-        return {"min": table.number("min_ar"), "max": table.number("max_ar"), "count": int(table.number("num_ar_buckets"))}
+        return {"min": table.number("min_ar"), "max": table.number("max_ar"), "count": table.count("num_ar_buckets")}
     try:
         return [r[0] / r[1] if isinstance(r, list) else float(r) for r in ratios]
     except (TypeError, ValueError, IndexError, ZeroDivisionError):

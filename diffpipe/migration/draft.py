@@ -70,6 +70,13 @@ class Table:
             raise self.fault(key, "a number")
         return value
 
+    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least ``least``; the default where there is none."""
+        value = self.number(key, default)
+        if not value >= least or value % 1:
+            raise self.fault(key, f"a whole number from {least} on")
+        return int(value)
+
     def text(self, key: str, default: str | None = None) -> str:
         """A text; the default where there is none."""
         value = self.values.get(key, default)

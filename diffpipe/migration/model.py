@@ -215,9 +215,9 @@ def convert_adapter(draft: Draft, old: Table, family: Family) -> None:
     if old.text("type") not in ("lora", "lokr"):
         raise old.fault("type", "lora or lokr")
     draft.carry(old, "type", "adapter.kind")
-    rank = old.number("rank")
-    if isinstance(rank, float):
-        draft.change(old, "rank", "adapter.rank", int(rank), "a whole number")
+    rank = old.count("rank")
+    if isinstance(old["rank"], float):
+        draft.change(old, "rank", "adapter.rank", rank, "a whole number")
     else:
         draft.carry(old, "rank", "adapter.rank")
     draft.carry(old, "alpha", "adapter.alpha", "which diffusion-pipe refuses, and always has as rank")

@@ -135,6 +135,8 @@ def _averages(draft: Draft, old: Table, known: dict[str, Any], defaults: dict[st
     betas = list(old.entries("betas")) or defaults.get("betas")
     if "beta2_half_life" in old and "betas" in known:
         half = old.number("beta2_half_life")
+        if not half > 0:
+            raise old.fault("beta2_half_life", "a number above 0")
         beta2 = 0.5 ** (batch / half)
         betas = [(betas or [0.9])[0], beta2]
         draft.change(old, "beta2_half_life", "optimizer.betas", betas, f"0.5 ** ({batch} examples a step / {half:g}) is {beta2:.6g}")

@@ -65,7 +65,7 @@ def convert_settings(draft: Draft, old: Table, family: Family, scale: Scale) -> 
         raise old.fault("epochs", "a number of passes over the data")
     for key, (to, said) in CARRIED.items():
         draft.carry(old, key, to, said)
-    batch = _micro(draft, old) * int(old.number("gradient_accumulation_steps", 1)) * _replicas(draft, old, scale)
+    batch = _micro(draft, old) * old.count("gradient_accumulation_steps", 1) * _replicas(draft, old, scale)
     _schedule(draft, old)
     _losses(draft, old)
     _evaluation(draft, old, batch)
@@ -73,8 +73,8 @@ def convert_settings(draft: Draft, old: Table, family: Family, scale: Scale) -> 
     _memory(draft, old, family)
     _partition(draft, old, family)
     if "map_num_proc" in old:
-        gpus = scale.gpus or int(old.number("pipeline_stages", 1))
-        each = max(1, int(old.number("map_num_proc")) // gpus)
+        gpus = scale.gpus or old.count("pipeline_stages", 1)
+        each = max(1, old.count("map_num_proc") // gpus)
         draft.change(old, "map_num_proc", "data.encode_workers", each, f"processes for each of {gpus} GPUs rather than for all")
     draft.put("data.on_error", "skip")  # as diffusion-pipe does with files that it cannot read
     for key, said in LEFT.items():
@@ -101,9 +101,9 @@ def _micro(draft: Draft, old: Table) -> int:
     key = "micro_batch_size_per_gpu"
     if not isinstance(old.values.get(key, 1), list):
         draft.carry(old, key, "batch.micro")
-        return int(old.number(key, 1))
+        return old.count(key, 1)
     pairs = old.entries(key)
-    if not pairs or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], int) for p in pairs):
+    if not pairs or not all(isinstance(p, list) and len(p) == 2 and isinstance(p[1], int) and p[1] >= 1 for p in pairs):
         raise old.fault(key, "a number, or pairs of a side and a number")
     least = min(size for _, size in pairs)
     draft.change(old, key, "batch.micro", least, "one number holds for all buckets: the least, which fits all; batch.accumulate makes up")
@@ -111,7 +111,7 @@ def _micro(draft: Draft, old: Table) -> int:
 
 
 def _replicas(draft: Draft, old: Table, scale: Scale) -> int:
-    stages = int(old.number("pipeline_stages", 1))
+    stages = old.count("pipeline_stages", 1)
     gpus = scale.gpus or stages
     if gpus % stages:
         raise ConfigError(
@@ -131,7 +131,7 @@ def _schedule(draft: Draft, old: Table) -> None:
         for key in ("warmup_steps", "lr_scheduler"):
             draft.leave(old, key, "force_constant_lr overrides it; nothing to do")
         return
-    steps = int(old.number("warmup_steps", 0))
+    steps = old.count("warmup_steps", 0, least=0)
     if steps > 1:
         draft.change(
             old,
@@ -187,7 +187,7 @@ def _saving(draft: Draft, old: Table, batch: int) -> None:
 def _by_examples(draft: Draft, old: Table, key: str, to: str, batch: int) -> None:
     if key not in old:
         return
-    count = int(old.number(key))
+    count = old.count(key)
     if count < batch:
         draft.leave(old, key, f"{count} examples are less than the {batch} of a step, which diffusion-pipe cannot count; set {to}")
         return
@@ -209,7 +209,7 @@ def _memory(draft: Draft, old: Table, family: Family) -> None:
     else:
         draft.change(old, key, "memory.recompute", recompute, "what goes into a block is kept" if kind else "all is kept")
     key = "blocks_to_swap"
-    count = int(old.number(key, 0))
+    count = old.count(key, 0, least=0)
     if count and "adapter" not in old:
         draft.leave(old, key, "diffusion-pipe refuses it for full fine-tuning; here it needs optimizer.clip null, then set memory.swap")
     elif count and old.number("pipeline_stages", 1) > 1:
@@ -238,7 +238,7 @@ def _partition(draft: Draft, old: Table, family: Family) -> None:
     if not all(isinstance(layer, int) for layer in split):
         raise old.fault("partition_split", "numbers of layers")
     units = [sum(family.units[:layer]) for layer in split]
-    if len(units) != int(old.number("pipeline_stages", 1)) - 1 or sorted(set(units)) != units or (units and units[0] < 1):
+    if len(units) != old.count("pipeline_stages", 1) - 1 or sorted(set(units)) != units or (units and units[0] < 1):
         draft.leave(old, "partition_method", "its partition_split makes no stages")
         draft.leave(old, "partition_split", f"its layers make the units {units}, which are no beginnings of stages; set mesh.split")
         return

@@ -274,11 +274,14 @@ def test_a_model_that_is_not_trained_here_is_named(tmp_path: Path, kind: str) ->
 @pytest.mark.parametrize(
     ("table", "text", "told"),
     [
+        ("", "pipeline_stages = 0", "pipeline_stages: 0\n  expected: a whole number from 1 on"),
+        ("", "gradient_accumulation_steps = inf", "gradient_accumulation_steps: inf\n  expected: a whole number from 1 on"),
         ("", "blocks_to_swap = 'many'", "blocks_to_swap: 'many'\n  expected: a number"),
         ("", "activation_checkpointing = 'all'", "activation_checkpointing"),
         ("", "video_clip_mode = 'last'", "single_beginning"),
         ("", "eval_datasets = [3]", "eval_datasets"),
-        ("", "gradient_accumulation_steps = -1", "batch.accumulate"),
+        ("", "micro_batch_size_per_gpu = [[512, 0]]", "pairs of a side and a number"),
+        ("optimizer.", "beta2_half_life = 0", "beta2_half_life: 0\n  expected: a number above 0"),
         ("model.", "dtype = 'int8'", "model.dtype: 'int8'"),
         ("adapter.", "type = 'loha'", "adapter.type: 'loha'"),
         ("optimizer.", "type = 'AdamV'", "optimizer.type"),
