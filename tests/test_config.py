@@ -42,6 +42,8 @@ def test_all_faults_are_in_one_report_with_what_was_probably_meant(tmp_path: Pat
         ("run: {steps: 1}\nrun: {steps: 2}", "written twice"),
         ("? [run]\n: 1", "line 1.*no name for a key"),
         ("# run: {steps: 1}", "holds nothing"),
+        ('output_dir: "D:\\data"', r"line 1: .*escape[\s\S]*write / for"),
+        ("run:\n\tsteps: 1", r"line 2[\s\S]*indent with spaces"),
         ("run: {steps: 1}", "model: is missing"),
         (
             "run: {steps: 1}\ndata: {folders: [{path: x}]}\nmodel: {family: flux, dtype: float32, trainable_dtype: bfloat16}",
@@ -72,6 +74,10 @@ SHORT = "run: {steps: 1}\nmodel: {family: flux, path: x}\n"
         (
             "preview: {seed: 18446744073709551616}",
             "preview.seed: 18446744073709551616 found, input should be less than 18446744073709551616",
+        ),
+        (
+            r'output_dir: "D:\runs"',
+            r"output_dir: 'D:\runs' holds what \ and a letter mean in double quotes; write / for \, or single quotes",
         ),
         ("mesh:", "mesh: nothing found, keys below it expected; take it out where all have their defaults"),
         ("mesh: auto", "mesh: 'auto' found, input should be keys and values"),

@@ -14,6 +14,12 @@ from pydantic import BaseModel, ValidationError
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 
+# What people run into, by what the YAML reader says of it.
+CURES = {
+    "escape": "write / for \\, or single quotes for double ones, in which \\ begins an escape",
+    "'\\t'": "indent with spaces",
+}
+
 
 class _Loader(yaml.SafeLoader):
     """YAML that reports a key written twice."""
@@ -84,7 +90,9 @@ def _parse(text: str, where: str) -> Any:
     except yaml.YAMLError as fault:
         mark = getattr(fault, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"not valid YAML: {getattr(fault, 'problem', None) or fault}", where=where + line) from fault
+        problem = str(getattr(fault, "problem", None) or fault)
+        fix = next((cure for sign, cure in CURES.items() if sign in problem), "")
+        raise ConfigError(f"not valid YAML: {problem}", where=where + line, fix=fix) from fault
 
 
 def _put(raw: dict[str, Any], override: str) -> None:

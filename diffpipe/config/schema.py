@@ -70,9 +70,15 @@ def numbers_of(given: Any) -> Any:
     return float(given) if isinstance(given, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", given, re.IGNORECASE) else given
 
 
-# A path that begins with ~ begins with the home folder.
-File = Annotated[Path, AfterValidator(lambda path: Path(expanduser(path)))]
-Place = Annotated[str, AfterValidator(expanduser)]
+def path_of(given: str) -> str:
+    """A path, whose ~ at the start is the home folder."""
+    if any(char < " " for char in given):
+        raise ValueError(f"{given!r} holds what \\ and a letter mean in double quotes; write / for \\, or single quotes")
+    return expanduser(given)
+
+
+File = Annotated[Path, AfterValidator(lambda path: Path(path_of(str(path))))]
+Place = Annotated[str, AfterValidator(path_of)]
 # What is written is text with a unit, or a number of bytes.
 Bytes = Annotated[int, Field(ge=1), BeforeValidator(bytes_of, json_schema_input_type=int | str)]
 
