@@ -137,7 +137,7 @@ def _read_captions(file: File) -> dict[str, list[Span]]:
 def _read_metadata(file: File) -> dict[str, list[Span]]:
     """A row a line: ``{"file_name": …, "text": …}``, with ``start`` and ``end`` in seconds for a part of a video."""
     spans: dict[str, list[Span]] = {}
-    for number, line in enumerate(_decoded(file).splitlines(), 1):
+    for number, line in enumerate(_decoded(file).split("\n"), 1):
         if not line.strip():
             continue
         row = _parsed(line, file, f", line {number}")

@@ -136,12 +136,13 @@ def test_captions_come_from_lists_too_and_a_files_own_comes_first(tmp_path: Path
         draw_image(tmp_path / f"{name}.png", caption="beside" if name == "a" else None)
     draw_image(tmp_path / "in" / "e.png", caption=None)
     (tmp_path / "captions.json").write_text(json.dumps({"a.png": "listed", "b.png": ["one", "another"], "in/e.png": "deep"}))
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "a row"}\n\n{"file_name": "d.png", "caption": ["x", "y"]}\n')
+    rows = '{"file_name": "c.png", "text": "a\u2028row"}\r\n\n{"file_name": "d.png", "caption": ["x", "y"]}\n'  # U+2028 ends no row
+    (tmp_path / "metadata.jsonl").write_text(rows, encoding="utf-8", newline="")
     found = look(tmp_path, settings={"recursive": True})
     assert {c.file.name: c.spans[0].texts for c in found.clips} == {
         "a.png": ("beside",),
         "b.png": ("one", "another"),
-        "c.png": ("a row",),
+        "c.png": ("a\u2028row",),
         "d.png": ("x", "y"),
         "e.png": ("deep",),
     }
