@@ -57,8 +57,8 @@ class Wishes:
                 continue
             try:
                 path.unlink()
+                self.note(f"{wish}: asked for by the file {path}, which is removed")
             except OSError as fault:  # else it would ask again behind every step
                 self.stuck.add(wish)
                 self.warn(f"{path} is obeyed once and not looked at again, for it cannot be removed: {fault}")
-            self.note(f"{wish}: asked for by the file {path}, which is removed")
             self.ask(wish)
