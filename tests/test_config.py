@@ -79,6 +79,8 @@ SHORT = "run: {steps: 1}\nmodel: {family: flux, path: x}\n"
             r'output_dir: "D:\runs"',
             r"output_dir: 'D:\runs' holds what \ and a letter mean in double quotes; write / for \, or single quotes",
         ),
+        ("optimizer: {lr: .inf}", "optimizer.lr: inf found, input should be a finite number"),
+        ("optimizer: {betas: [0.9, 1]}", "optimizer.betas.1: 1 found, input should be less than 1"),
         ("mesh:", "mesh: nothing found, keys below it expected; take it out where all have their defaults"),
         ("mesh: auto", "mesh: 'auto' found, input should be keys and values"),
     ],

@@ -26,8 +26,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what a generator takes
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -310,7 +313,7 @@ class OptimizerConfig(Section):
         " steps are not lost; its averages are then bfloat16 too.",
     )
     lr: float = Field(default=1e-4, gt=0, description="Learning rate after warm-up.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.999), description="Decay rates of the two moment averages.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), description="Decay rates of the two moment averages.")
     eps: float = Field(default=1e-8, gt=0, description="Added to the denominator.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; parameters with one dim never decay.")
     clip: float | None = Field(default=1.0, gt=0, description="Largest global gradient norm over all stages; null does not clip.")
