@@ -38,16 +38,16 @@ class Captions:
 
     Attributes:
         beside: caption files by (folder, stem).
-        listed: spans by file name as captions.json and metadata.jsonl have them.
+        listed: by the folder of captions.json and metadata.jsonl, spans by file name as they have it.
     """
 
     beside: dict[tuple[str, str], File] = field(default_factory=dict)
-    listed: dict[str, list[Span]] = field(default_factory=dict)
+    listed: dict[PurePath, dict[str, list[Span]]] = field(default_factory=dict)
 
-    def of(self, file: File, config: CaptionConfig, root: str) -> list[Span]:
+    def of(self, file: File, config: CaptionConfig) -> list[Span]:
         """The spans of a media file with their captions; no span at all where it has no caption.
 
-        A file of the same stem comes first, then the lists, by path from ``root`` or by name.
+        A file of the same stem comes first, then the lists of its folder and of those around it, by path from there or by name.
 
         Raises:
             MediaError: when its caption is empty or not UTF-8.
@@ -55,10 +55,12 @@ class Captions:
         own = self.beside.get((file.folder, file.stem))
         if own is not None:
             return [Span((read_text(own),))] if own.suffix == config.extension else _of_json(own)
-        inside = file.member or str(file.path)
-        for name in (inside.removeprefix(root).lstrip("/\\").replace("\\", "/"), file.name):
-            if name in self.listed:
-                return self.listed[name]
+        inside = PurePath(file.folder)
+        for folder in (inside, *inside.parents):
+            rows = self.listed.get(folder, {})
+            for name in ((inside / file.name).relative_to(folder).as_posix(), file.name):
+                if name in rows:
+                    return rows[name]
         return []
 
 
@@ -76,8 +78,9 @@ def collect(files: Iterable[File], config: CaptionConfig) -> Captions:
                 found.beside[file.folder, file.stem] = file
         if file.name in LISTS:
             read = _read_captions if file.name == LISTS[0] else _read_metadata
+            rows = found.listed.setdefault(PurePath(file.folder), {})
             for name, spans in read(file).items():
-                found.listed.setdefault(name, []).extend(spans)
+                rows.setdefault(name, []).extend(spans)
     return found
 
 
@@ -137,7 +140,7 @@ def _read_captions(file: File) -> dict[str, list[Span]]:
 def _read_metadata(file: File) -> dict[str, list[Span]]:
     """A row a line: ``{"file_name": …, "text": …}``, with ``start`` and ``end`` in seconds for a part of a video."""
     spans: dict[str, list[Span]] = {}
-    for number, line in enumerate(_decoded(file).split("\n"), 1):
+    for number, line in enumerate(_decoded(file).split("\n"), 1):  # a text may hold what else would end a line
         if not line.strip():
             continue
         row = _parsed(line, file, f", line {number}")

@@ -184,20 +184,20 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
         ]
     except OSError as fault:
         raise ConfigError(f"the folder cannot be read: {fault.strerror or fault}", where=str(place), fix="check data.folders") from fault
-    groups: list[tuple[list[File], str]] = [([f for f in files if f.suffix != TAR], str(place))]
+    groups = [[f for f in files if f.suffix != TAR]]
     for shard in (f for f in files if f.suffix == TAR):
         try:
-            groups.append((members(shard.path), ""))
+            groups.append(members(shard.path))
         except MediaError as fault:
             found.dropped.append(Dropped.of(shard, fault))
     masks, controls = _pictures(folder.masks, "masks"), _pictures(folder.controls, "controls")
     work: list[_Work] = []
-    for group, root in groups:
+    for group in groups:
         texts = captions.collect(group, options.captions)
         media = [f for f in group if kind_of(f)]
         twins = _twins(media)
         for file in media:
-            spans = _spans(file, texts, options, root, twins)
+            spans = _spans(file, texts, options, twins)
             if folder.controls is not None and file.stem not in controls:
                 spans = MediaError("has no control picture", expected=f"one called {file.stem} in {folder.controls}")
             work.append(_Work(file, number, spans, masks.get(file.stem), controls.get(file.stem)))
@@ -233,15 +233,13 @@ def _twins(media: Sequence[File]) -> dict[tuple[str, str], list[str]]:
     return {place: names for place, names in by_stem.items() if len(names) > 1}
 
 
-def _spans(
-    file: File, texts: Captions, options: MediaConfig, root: str, twins: dict[tuple[str, str], list[str]]
-) -> tuple[Span, ...] | MediaError:
+def _spans(file: File, texts: Captions, options: MediaConfig, twins: dict[tuple[str, str], list[str]]) -> tuple[Span, ...] | MediaError:
     place = (file.folder, file.stem)
     if place in twins and place in texts.beside:
         others = ", ".join(n for n in twins[place] if n != file.name)
         return MediaError(f"shares its caption {texts.beside[place].name} with {others}", fix="give each file a stem of its own")
     try:
-        return tuple(texts.of(file, options.captions, root)) or (Span(()),)
+        return tuple(texts.of(file, options.captions)) or (Span(()),)
     except MediaError as fault:
         return fault
     except OSError as fault:

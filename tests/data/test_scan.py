@@ -149,6 +149,16 @@ def test_captions_come_from_lists_too_and_a_files_own_comes_first(tmp_path: Path
     assert not found.dropped and not found.captionless
 
 
+def test_a_list_speaks_of_its_own_folder_and_those_inside(tmp_path: Path) -> None:
+    for folder in ("", "one", "two"):
+        draw_image(tmp_path / folder / "a.png", caption=None)
+    for folder in ("one", "two"):  # a line break that is none in JSON
+        (tmp_path / folder / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "text": "{folder}\u2028end"}}\r\n', encoding="utf-8")
+    found = look(tmp_path, settings={"recursive": True})
+    assert [(c.file.path.parent.name, c.spans) for c in found.clips[1:]] == [(f, (Span((f"{f}\u2028end",)),)) for f in ("one", "two")]
+    assert [f.path.parent for f in found.captionless] == [tmp_path]
+
+
 def test_rows_with_times_are_parts_of_a_video(tmp_path: Path) -> None:
     draw_clip(tmp_path / "a.mp4", 48, 16, caption=None)
     rows = [{"file_name": "a.mp4", "text": "first", "end": 1.0}, {"file_name": "a.mp4", "text": "second", "start": 1.5, "end": 2.5}]
