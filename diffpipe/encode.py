@@ -17,7 +17,7 @@ from diffpipe.data.cache import Cache, key_of
 from diffpipe.data.captions import variants
 from diffpipe.data.dataset import Sample, Samples
 from diffpipe.data.files import File
-from diffpipe.data.media import PIXELS
+from diffpipe.data.media import MASKS, PIXELS
 from diffpipe.data.scan import NOT_MEDIA, Clip, Dropped, Exchange, Found, Remembered, scan
 from diffpipe.encoder import Claims, Encoder, ShowProgress, Task, cache_folder, tasks_of, text_key
 from diffpipe.errors import ConfigError, DiffpipeError, MediaError
@@ -240,9 +240,7 @@ def place(
                     when = "" if start is None else f" from {start:.6f} s at {rate:g} fps"
                     mask = control = None
                     if clip.mask is not None:
-                        mask = key_of(
-                            "mask", clip.mask[1], f"{bucket.height}x{bucket.width} cells {model.geometry.spatial} pixels {PIXELS}"
-                        )
+                        mask = key_of("mask", clip.mask[1], f"{bucket.height}x{bucket.width} cells {model.geometry.spatial} pixels {MASKS}")
                     if clip.control is not None:
                         control = key_of("media", clip.control[1], f"{bucket} centre pixels {PIXELS}", seen_by)
                     entries.append(

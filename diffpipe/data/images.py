@@ -76,20 +76,23 @@ def read_moving(file: File) -> Iterator[Image.Image]:
 def read_mask(file: File) -> Image.Image:
     """A mask as 8-bit grey, upright: white counts fully, black not at all."""
     with faults(file), file.open() as stream, Image.open(stream) as opened:
-        opened.load()
-        return ImageOps.exif_transpose(opened).convert("L")
+        return _upright(opened).convert("L")
 
 
 def _plain(opened: Image.Image) -> Image.Image:
-    opened.load()
-    image = ImageOps.exif_transpose(opened)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bits(image)
+    image = _upright(opened)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         seen = image.convert("RGBA")
         white = Image.new("RGBA", seen.size, "white")
         return Image.alpha_composite(white, seen).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(opened: Image.Image) -> Image.Image:
+    """All of a picture, of at most 8 bits a channel."""
+    opened.load()
+    image = ImageOps.exif_transpose(opened)
+    return _eight_bits(image) if image.mode == "F" or image.mode.startswith("I") else image
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

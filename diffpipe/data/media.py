@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from diffpipe.data.buckets import Bucket
 
 PIXELS = 2  # raised when the same file would give other pixels: part of the cache's keys
+MASKS = 3  # the same for masks
 Kind = Literal["image", "video"]
 
 

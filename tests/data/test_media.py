@@ -54,18 +54,20 @@ def test_pixels_span_minus_one_to_one(tmp_path: Path) -> None:
     assert (low, high) == (-1.0, 1.0) and abs(middle) < 0.01
 
 
+@pytest.mark.parametrize("suffix", [".png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_photo_is_turned_as_its_exif_says(tmp_path: Path, orientation: int) -> None:
+def test_a_photo_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, suffix: str) -> None:
     upright = Image.open(draw_image(tmp_path / "upright.png", (64, 32)))
     # The transposition that undoes what the tag asks a viewer to do.
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = upright.transpose(Image.Transpose(back[orientation])) if orientation in back else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / "a.png", exif=exif)
-    assert probe(tmp_path / "a.png") == MediaInfo("image", 64, 32)
+    photo = tmp_path / f"a{suffix}"
+    stored.save(photo, exif=exif)
+    assert probe(photo) == MediaInfo("image", 64, 32)
     bucket = Bucket(1, 32, 64)
-    assert torch.equal(read(tmp_path / "a.png", bucket), read(tmp_path / "upright.png", bucket))
+    assert torch.equal(read(photo, bucket), read(tmp_path / "upright.png", bucket))
 
 
 def test_transparency_becomes_white(tmp_path: Path) -> None:
@@ -366,12 +368,14 @@ def test_a_tar_file_cut_short_is_told(tmp_path: Path) -> None:
         members(tmp_path / "text.tar")
 
 
-def test_a_mask_is_cropped_as_its_picture_and_averaged_over_latent_cells(tmp_path: Path) -> None:
-    wide = np.zeros((32, 96), np.uint8)
-    wide[:, 32:48] = 255  # the left half of the square in the middle
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_a_mask_is_cropped_as_its_picture_and_averaged_over_latent_cells(tmp_path: Path, kind: type[np.integer]) -> None:
+    wide = np.zeros((32, 96), kind)
+    wide[:, 32:48] = np.iinfo(kind).max  # the left half of the square in the middle
+    wide[:, 48:64] = np.iinfo(kind).max // 5
     Image.fromarray(wide).save(tmp_path / "mask.png")
     mask = media.read_mask(File(tmp_path / "mask.png"), SQUARE, 8, (96, 32))
-    assert torch.equal(mask, torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 4, 4))
+    torch.testing.assert_close(mask, torch.tensor([1.0, 1.0, 0.2, 0.2]).expand(1, 4, 4))
     with pytest.raises(MediaError, match="a mask of 96x32 for a picture of 64x32"):
         media.read_mask(File(tmp_path / "mask.png"), SQUARE, 8, (64, 32))
 
