@@ -44,7 +44,7 @@ def look(file: File) -> tuple[int, int, list[float]]:
     """Width and height seen upright, and for a moving picture the seconds that each frame is shown (empty for a still one)."""
     with faults(file), file.open() as stream, Image.open(stream) as image:
         width, height = image.size
-        if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):
+        if image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # a TIFF opens upright
             width, height = height, width
         count = getattr(image, "n_frames", 1) if image.format in ("GIF", "WEBP", "PNG", "AVIF") else 1
         times = [_shown(image, i) for i in range(count)] if count > 1 else []

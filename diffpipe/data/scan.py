@@ -77,7 +77,7 @@ class Found:
 class Remembered:
     """What earlier scans found in files, by path, size and time of change, so that no file is hashed twice."""
 
-    VERSION = 2
+    VERSION = 3
 
     def __init__(self, file: Path) -> None:
         self._file = file

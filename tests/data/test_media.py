@@ -54,7 +54,7 @@ def test_pixels_span_minus_one_to_one(tmp_path: Path) -> None:
     assert (low, high) == (-1.0, 1.0) and abs(middle) < 0.01
 
 
-@pytest.mark.parametrize("suffix", [".png"])
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, suffix: str) -> None:
     upright = Image.open(draw_image(tmp_path / "upright.png", (64, 32)))
