@@ -29,6 +29,7 @@ class Clip:
 
     Attributes:
         digest: hash of the file's bytes.
+        stamp: the file's, before they were read.
         spans: what of it trains, with captions; a file without any has one span without text.
         folder: which of the config's folders it is from.
         mask: what of its picture trains, with the hash of the mask's bytes.
@@ -38,6 +39,7 @@ class Clip:
     file: File
     info: MediaInfo
     digest: str
+    stamp: list[int]
     spans: tuple[Span, ...]
     folder: int
     mask: tuple[File, str] | None = None
@@ -89,16 +91,16 @@ class Remembered:
         except (OSError, ValueError, AttributeError):
             pass  # a missing or damaged memory costs time only
 
-    def look(self, file: File) -> tuple[MediaInfo, str]:
-        """What a file holds and the hash of its bytes, read only when it changed."""
-        known = self._known.get(_absolute(file))
-        if known is not None and known[0] == file.stamp():
-            return MediaInfo(**known[2]), known[1]
-        return probe(file), file.digest()
+    def look(self, file: File) -> tuple[MediaInfo, str, list[int]]:
+        """What a file holds, the hash of its bytes, read only when it changed, and its stamp."""
+        known, stamp = self._known.get(_absolute(file)), file.stamp()
+        if known is not None and known[0] == stamp:
+            return MediaInfo(**known[2]), known[1], stamp
+        return probe(file), file.digest(), stamp
 
     def save(self, clips: Iterable[Clip]) -> None:
         """Add what was found."""
-        fresh = {_absolute(c.file): [c.file.stamp(), c.digest, asdict(c.info)] for c in clips}
+        fresh = {_absolute(c.file): [c.stamp, c.digest, asdict(c.info)] for c in clips}
         if all(self._known.get(k) == v for k, v in fresh.items()):
             return
         self._known |= fresh
@@ -253,7 +255,7 @@ def _examine(work: _Work, takes_video: bool, memory: Remembered) -> Clip | Dropp
     if isinstance(work.spans, MediaError):
         return Dropped.of(file, work.spans)
     try:
-        info, digest = memory.look(file)
+        info, digest, stamp = memory.look(file)
         mask, control = ((f, f.digest()) if f is not None else None for f in (work.mask, work.control))
     except MediaError as fault:
         return Dropped.of(file, fault)
@@ -261,4 +263,4 @@ def _examine(work: _Work, takes_video: bool, memory: Remembered) -> Clip | Dropp
         return Dropped(file, f"cannot be read: {fault.strerror or fault}")
     if info.kind == "video" and not takes_video:
         return Dropped(file, "a moving picture, but this model family trains on still ones only", fault=False)
-    return Clip(file, info, digest, work.spans, work.folder, mask, control)
+    return Clip(file, info, digest, stamp, work.spans, work.folder, mask, control)

@@ -117,6 +117,16 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     assert look(tmp_path / "media", memory=memory).clips[0].info.width == 32
 
 
+def test_what_changes_or_goes_before_the_scan_is_remembered_is_seen_by_the_next(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        draw_image(tmp_path / "media" / f"{name}.png")
+    clips = look(tmp_path / "media").clips
+    draw_image(tmp_path / "media" / "a.png", (32, 32))
+    (tmp_path / "media" / "b.png").unlink()
+    Remembered(tmp_path / "files.json").save(clips)
+    assert [c.info.width for c in look(tmp_path / "media", memory=tmp_path / "files.json").clips] == [32]
+
+
 def test_a_damaged_memory_costs_time_only(tmp_path: Path) -> None:
     draw_image(tmp_path / "media" / "a.png")
     (tmp_path / "files.json").write_text("{")
