@@ -222,7 +222,7 @@ def _settle(cache: Cache, claims: Claims) -> None:
 def place(
     clips: Sequence[Clip], config: Config, model: DiffusionModel, folders: Sequence[FolderBase]
 ) -> tuple[list[Sample], list[Dropped]]:
-    """One sample for each clip, part of it and resolution, with the keys of its entries."""
+    """One sample for each clip, part of it and resolution, with the keys of its entries; what is too short, and why."""
     options = [config.data.of(f) for f in folders]
     buckets = [make_buckets(o, model.geometry) for o in options]
     seen_by, rate = model.identity("media"), model.geometry.fps
@@ -230,40 +230,40 @@ def place(
     entries, dropped = [], []
     for clip in clips:
         said = options[clip.folder].captions
-        try:
-            for span in clip.spans:
-                shown = tuple(v for text in span.texts or ("",) for v in variants(text, said))
-                for text in shown:
-                    keys.setdefault(text, text_key(text, model))
-                for placed in buckets[clip.folder].place(clip.info, span.start, span.end):
-                    bucket, start = placed.bucket, placed.start
-                    when = "" if start is None else f" from {start:.6f} s at {rate:g} fps"
-                    mask = control = None
-                    if clip.mask is not None:
-                        mask = key_of("mask", clip.mask[1], f"{bucket.height}x{bucket.width} cells {model.geometry.spatial} pixels {MASKS}")
-                    if clip.control is not None:
-                        control = key_of("media", clip.control[1], f"{bucket} centre pixels {PIXELS}", seen_by)
-                    entries.append(
-                        Sample(
-                            file=clip.file,
-                            captions=shown,
-                            bucket=bucket,
-                            repeats=folders[clip.folder].repeats,
-                            media=key_of("media", clip.digest, f"{bucket} centre{when} pixels {PIXELS}", seen_by),
-                            texts=tuple(keys[text] for text in shown),
-                            mask=mask,
-                            mask_file=clip.mask[0] if clip.mask is not None else None,
-                            control=control,
-                            control_file=clip.control[0] if clip.control is not None else None,
-                            source=(clip.info.height, clip.info.width),
-                            start=start,
-                            dropout=said.dropout,
-                        )
+        for span in clip.spans:
+            try:
+                placed = buckets[clip.folder].place(clip.info, span.start, span.end)
+            except MediaError as fault:
+                dropped.append(Dropped.of(clip.file, fault))
+                continue
+            shown = tuple(v for text in span.texts or ("",) for v in variants(text, said))
+            for text in shown:
+                keys.setdefault(text, text_key(text, model))
+            for bucket, start in ((p.bucket, p.start) for p in placed):
+                when = "" if start is None else f" from {start:.6f} s at {rate:g} fps"
+                mask = control = None
+                if clip.mask is not None:
+                    mask = key_of("mask", clip.mask[1], f"{bucket.height}x{bucket.width} cells {model.geometry.spatial} pixels {MASKS}")
+                if clip.control is not None:
+                    control = key_of("media", clip.control[1], f"{bucket} centre pixels {PIXELS}", seen_by)
+                entries.append(
+                    Sample(
+                        file=clip.file,
+                        captions=shown,
+                        bucket=bucket,
+                        repeats=folders[clip.folder].repeats,
+                        media=key_of("media", clip.digest, f"{bucket} centre{when} pixels {PIXELS}", seen_by),
+                        texts=tuple(keys[text] for text in shown),
+                        mask=mask,
+                        mask_file=clip.mask[0] if clip.mask is not None else None,
+                        control=control,
+                        control_file=clip.control[0] if clip.control is not None else None,
+                        source=(clip.info.height, clip.info.width),
+                        start=start,
+                        dropout=said.dropout,
                     )
-        except MediaError as fault:
-            dropped.append(Dropped.of(clip.file, fault))
-    bad = {d.file for d in dropped}
-    return [e for e in entries if e.file not in bad], dropped
+                )
+    return entries, dropped
 
 
 def _judge(report: Report, kept: list[Sample], config: Config, held: set[str], cache: Cache) -> None:

@@ -354,6 +354,17 @@ def test_a_folders_keys_take_the_place_of_datas(tmp_path: Path) -> None:
     assert [(str(e.bucket), e.captions) for e in samples.entries] == [("1x32x32", ("w x",)), ("1x64x64", ("z y",))]
 
 
+def test_a_video_too_short_for_one_folders_buckets_trains_where_it_fits_as_do_its_other_parts(tmp_path: Path) -> None:
+    draw_clip(tmp_path / "media" / "a.mp4", 20, 16, caption=None)
+    rows = [{"file_name": "a.mp4", "text": "one"}, {"file_name": "a.mp4", "text": "two", "start": 1, "end": 1.125}]
+    (tmp_path / "media" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folders = [{"path": str(tmp_path / "media"), "frames": frames} for frames in ([17], [33])]
+    samples, report = prepare(config_of(tmp_path / "media", tmp_path / "out", folders=folders, on_error="skip"), Pool())
+    assert [(e.captions, e.bucket.frames) for e in samples.entries] == [(("one",), 17)]
+    part = "its part from 1 s to 1.125 s has 2"
+    assert [d.reason.partition(" frames")[0] for d in report.faults] == [part, "a video of 20", part]
+
+
 @pytest.mark.parametrize(("clips", "starts"), [("first", [0]), ("middle", [12]), ("all", [0, 17, 34]), ("cover", [0, 12, 25])])
 def test_clips_are_cut_out_of_a_longer_video(tmp_path: Path, clips: str, starts: list[int]) -> None:
     draw_clip(tmp_path / "media" / "a.mp4", 42, 16)  # frame i is grey of value 4 i

@@ -71,7 +71,7 @@ class Buckets:
         for sizes in self.groups:
             size = next((s for s in sorted(sizes, key=distance) if any(n <= available for n in sizes[s])), None)
             if size is None:
-                raise self._too_short(info, available, start is not None or end is not None)
+                raise self._too_short(info, available, start, end)
             found |= dict.fromkeys(
                 Placed(Bucket(frames, *size), begin + first / self.fps) for first, frames in self._cut(sizes[size], available)
             )
@@ -93,17 +93,18 @@ class Buckets:
             first += fitting
         return clips
 
-    def _too_short(self, info: MediaInfo, available: int, part: bool) -> MediaError:
+    def _too_short(self, info: MediaInfo, available: int, start: float | None, end: float | None) -> MediaError:
         shortest = min((counts[-1] for sizes in self.groups for counts in sizes.values() if counts), default=None)
         if shortest is None:
             return MediaError(
                 "a video, but data.frames has no count above 1", fix="add a frame count such as 33 to data.frames, or take the videos out"
             )
-        what = "a part of a video with" if part else "a video of"
+        part = start is not None or end is not None
+        what = f"its part from {start or 0:g} s to {'the end' if end is None else f'{end:g} s'} has" if part else "a video of"
         return MediaError(
             f"{what} {available} frames at the model's {self.fps:g} fps ({info.frames} at its own {info.fps:g})",
             expected=f"at least {shortest} frames, the shortest bucket",
-            fix="add a smaller count to data.frames, or take the file out",
+            fix=f"add a smaller count to data.frames, or take the {'row' if part else 'file'} out",
         )
 
 
