@@ -414,7 +414,9 @@ class FolderBase(Section):
     )
     repeats: float = Field(default=1.0, gt=0, description="Times each sample is seen in an epoch; 0.5 shows each in every second epoch.")
     masks: File | None = Field(
-        default=None, description="Folder of masks, pictures of the same stem and size: white trains, black does not; null trains all."
+        default=None,
+        description="Folder of masks, pictures of the same stem and size (with recursive, in folders of the same names too): white trains,"
+        " black does not; null trains all.",
     )
     controls: File | None = Field(
         default=None,

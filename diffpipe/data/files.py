@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path, PurePosixPath
@@ -82,19 +82,22 @@ class File:
         return [stat.st_size, stat.st_mtime_ns, self.offset, self.size]
 
 
-def walk(folder: Path, recursive: bool) -> Iterator[File]:
+def walk(folder: Path, recursive: bool, without: Iterable[Path] = ()) -> Iterator[File]:
     """Files of a folder by name, without hidden ones; folders in it too where ``recursive``, each once whatever links say.
 
+    Args:
+        without: folders in it that are not searched.
+
     Raises:
-        OSError: when the folder cannot be read.
+        OSError: when a folder cannot be read.
     """
-    seen: set[tuple[int, int]] = set()
+    seen = {_identity(p) for p in without if p.exists()} - {_identity(folder)}
 
     def inside(place: Path) -> Iterator[File]:
-        about = place.stat()
-        if (about.st_dev, about.st_ino) in seen and about.st_ino:
+        here = _identity(place)
+        if here in seen and here[1]:
             return  # a link that leads back to where it lies
-        seen.add((about.st_dev, about.st_ino))
+        seen.add(here)
         for entry in sorted(os.scandir(place), key=lambda e: e.name):
             if entry.name.startswith("."):
                 continue
@@ -106,6 +109,11 @@ def walk(folder: Path, recursive: bool) -> Iterator[File]:
                 yield File(path)
 
     yield from inside(folder)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    about = folder.stat()
+    return about.st_dev, about.st_ino
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from diffpipe.config.schema import FolderBase, MediaConfig
 from diffpipe.data import captions
@@ -179,8 +179,10 @@ def scan(
 def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found) -> list[_Work]:
     """The media of one folder with their captions, masks and controls; what else lies there goes to ``found``."""
     place = Path(folder.path)
+    masks = _pictures(folder.masks, "masks", place, options.recursive)
+    controls = _pictures(folder.controls, "controls", place, options.recursive)
     try:
-        files = list(walk(place, options.recursive))
+        files = list(walk(place, options.recursive, [f for f in (folder.masks, folder.controls) if f is not None]))
         found.dropped += [Dropped(File(p), "a folder in a folder, searched only with recursive", False) for p in folders_in(place)][
             : 0 if options.recursive else None
         ]
@@ -192,7 +194,6 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
             groups.append(members(shard.path))
         except MediaError as fault:
             found.dropped.append(Dropped.of(shard, fault))
-    masks, controls = _pictures(folder.masks, "masks"), _pictures(folder.controls, "controls")
     work: list[_Work] = []
     for group in groups:
         texts = captions.collect(group, options.captions)
@@ -200,9 +201,10 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
         twins = _twins(media)
         for file in media:
             spans = _spans(file, texts, options, twins)
-            if folder.controls is not None and file.stem not in controls:
+            mask, control = (_picture_of(file, place, pictures) for pictures in (masks, controls))
+            if folder.controls is not None and control is None:
                 spans = MediaError("has no control picture", expected=f"one called {file.stem} in {folder.controls}")
-            work.append(_Work(file, number, spans, masks.get(file.stem), controls.get(file.stem)))
+            work.append(_Work(file, number, spans, mask, control))
         stems = {(f.folder, f.stem) for f in media}
         for file in group:
             if kind_of(file):
@@ -211,20 +213,30 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
                 found.dropped.append(Dropped(file, NOT_MEDIA, fault=False))
             elif file.name not in captions.LISTS and (file.folder, file.stem) not in stems:
                 found.dropped.append(Dropped(file, "a caption without media", fault=False))
-    known = {w.file.stem for w in work}
+    known = {f for w in work for f in (w.mask, w.control)}
     for what, pictures in (("mask", masks), ("control", controls)):
-        found.dropped += [Dropped(f, f"a {what} without media", fault=False) for stem, f in pictures.items() if stem not in known]
+        found.dropped += [Dropped(f, f"a {what} without media", fault=False) for f in pictures.values() if f not in known]
     return work
 
 
-def _pictures(folder: Path | None, what: str) -> dict[str, File]:
-    """The pictures of a folder of masks or controls by stem."""
+def _pictures(folder: Path | None, what: str, media: Path, recursive: bool) -> dict[PurePath, File]:
+    """The pictures of a folder of masks or controls by path from there, without suffix."""
     if folder is None:
         return {}
     try:
-        return {f.stem: f for f in walk(folder, recursive=False) if kind_of(f) == "image"}
+        return {_inside(f, folder): f for f in walk(folder, recursive, [media]) if kind_of(f) == "image"}
     except OSError as fault:
         raise ConfigError(f"the folder of {what} cannot be read: {fault.strerror or fault}", where=str(folder)) from fault
+
+
+def _picture_of(file: File, place: Path, pictures: dict[PurePath, File]) -> File | None:
+    """The mask or control of a media file: at its own path, or at the top under its stem."""
+    return pictures.get(_inside(file, place)) or pictures.get(PurePath(file.stem))
+
+
+def _inside(file: File, place: Path) -> PurePath:
+    """Where in a folder or tar file it lies, without suffix."""
+    return PurePath(file.folder).relative_to(file.path if file.member else place) / file.stem
 
 
 def _twins(media: Sequence[File]) -> dict[tuple[str, str], list[str]]:

@@ -252,6 +252,18 @@ def test_masks_go_with_the_pictures_of_their_stems(tmp_path: Path) -> None:
         look(tmp_path / "data", settings={"masks": str(tmp_path / "nowhere")})
 
 
+def test_masks_in_folders_go_with_pictures_in_folders_of_that_name_and_are_no_pictures_themselves(tmp_path: Path) -> None:
+    for name in ("one/a.jpg", "two/a.jpg", "three/b.jpg", "masks/one/a.png", "masks/b.png", "masks/a/one.png"):
+        draw_image(tmp_path / name, caption=None)
+    found = look(tmp_path, settings={"masks": str(tmp_path / "masks"), "recursive": True})
+    assert {str(c.file.path.relative_to(tmp_path)): c.mask and str(c.mask[0].path.relative_to(tmp_path)) for c in found.clips} == {
+        str(Path("one/a.jpg")): str(Path("masks/one/a.png")),
+        str(Path("two/a.jpg")): None,
+        str(Path("three/b.jpg")): str(Path("masks/b.png")),
+    }
+    assert reasons(found) == {"one.png": "a mask without media"}
+
+
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is forbidden to this user")
 def test_a_forbidden_file_is_a_fault(tmp_path: Path) -> None:
     draw_image(tmp_path / "a.png").chmod(0)
