@@ -95,11 +95,12 @@ def variants(text: str, config: CaptionConfig) -> list[str]:
         return [config.prefix + text]
     tags = [tag.strip() for tag in text.split(config.delimiter)]
     kept, rest = tags[: config.keep], [tag for tag in tags[config.keep :] if tag]
+    between = config.delimiter if config.delimiter[-1].isspace() else f"{config.delimiter} "
     shown = []
     for number in range(config.shuffle):
         seed = blake2b(f"{number}/{text}".encode(), digest_size=8).digest()
         order = random.Random(int.from_bytes(seed, "little")).sample(rest, len(rest))
-        shown.append(config.prefix + f"{config.delimiter} ".join([*kept, *order]))
+        shown.append(config.prefix + between.join([*kept, *order]))
     return list(dict.fromkeys(shown))
 
 
