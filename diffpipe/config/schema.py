@@ -13,6 +13,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidatorFunctionWrapHandler,
     create_model,
     field_validator,
@@ -359,7 +360,7 @@ class AspectConfig(Section):
 
 
 class CaptionConfig(Section):
-    extension: str = Field(
+    extension: Annotated[str, StringConstraints(to_lower=True)] = Field(
         default=".txt", pattern=r"^\.\w+$", description="Ending of the caption file beside a media file, which has its stem."
     )
     prefix: str = Field(default="", description="Text put before every caption.")
