@@ -102,11 +102,11 @@ def walk(folder: Path, recursive: bool, without: Iterable[Path] = ()) -> Iterato
             if entry.name.startswith("."):
                 continue
             path = place / entry.name
-            if entry.is_dir():
-                if recursive:
-                    yield from inside(path)
-            else:
+            # Asked about a link to itself, an entry raises.
+            if not (path.is_dir() if entry.is_symlink() else entry.is_dir()):
                 yield File(path)
+            elif recursive:
+                yield from inside(path)
 
     yield from inside(folder)
 

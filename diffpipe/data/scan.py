@@ -187,7 +187,8 @@ def _listed(number: int, folder: FolderBase, options: MediaConfig, found: Found)
             : 0 if options.recursive else None
         ]
     except OSError as fault:
-        raise ConfigError(f"the folder cannot be read: {fault.strerror or fault}", where=str(place), fix="check data.folders") from fault
+        where = str(fault.filename or place)  # maybe one inside
+        raise ConfigError(f"the folder cannot be read: {fault.strerror or fault}", where=where, fix="check data.folders") from fault
     groups = [[f for f in files if f.suffix != TAR]]
     for shard in (f for f in files if f.suffix == TAR):
         try:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffpipe.config.schema import DataConfig
+from diffpipe.config.schema import CaptionConfig, DataConfig
+from diffpipe.data import captions
 from diffpipe.data.captions import Span
 from diffpipe.data.scan import Found, Remembered, scan
 from diffpipe.errors import ConfigError, DiffpipeError
@@ -197,10 +198,17 @@ def test_a_list_that_cannot_be_read_stops_rather_than_training_without_captions(
         look(tmp_path)
 
 
-def test_the_ending_of_caption_files_is_a_choice(tmp_path: Path) -> None:
-    draw_image(tmp_path / "a.png", caption="not this").with_suffix(".caption").write_text("this")
-    found = look(tmp_path, settings={"captions": {"extension": ".caption"}})
+@pytest.mark.parametrize("extension", [".caption", ".Caption"])
+def test_the_ending_of_caption_files_is_a_choice(tmp_path: Path, extension: str) -> None:
+    draw_image(tmp_path / "a.png", caption="not this").with_suffix(extension).write_text("this")
+    found = look(tmp_path, settings={"captions": {"extension": extension}})
     assert found.clips[0].spans[0].texts == ("this",)
+
+
+@pytest.mark.parametrize(("delimiter", "between"), [(",", ", "), (", ", ", "), ("\n", "\n")])
+def test_shuffled_tags_have_one_space_or_what_was_asked_for_between_them(delimiter: str, between: str) -> None:
+    config = CaptionConfig(shuffle=1, delimiter=delimiter, keep=2)
+    assert captions.variants(between.join("abc"), config) == [between.join("abc")]
 
 
 def test_files_that_share_one_caption_are_both_told(tmp_path: Path) -> None:
@@ -217,8 +225,11 @@ def test_folders_inside_are_searched_once_even_through_a_loop_of_links(tmp_path:
     draw_image(tmp_path / "in" / "deep" / "a.png")
     (tmp_path / "in" / "back").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "again").symlink_to(tmp_path / "in" / "deep", target_is_directory=True)
+    for name in ("self", "self.png"):
+        (tmp_path / name).symlink_to(name)
     found = look(tmp_path, settings={"recursive": True})
     assert sorted(c.file.name for c in found.clips) == ["a.png", "top.png"]
+    assert "cannot be read: " in reasons(found)["self.png"] and reasons(found)["self"] == "not media"
 
 
 def test_tar_shards_are_read_in_place_with_their_captions(tmp_path: Path) -> None:
@@ -270,3 +281,6 @@ def test_a_forbidden_file_is_a_fault(tmp_path: Path) -> None:
     draw_image(tmp_path / "b.png")
     found = look(tmp_path)
     assert [c.file.name for c in found.clips] == ["b.png"] and "Permission" in reasons(found)["a.png"]
+    (tmp_path / "in").mkdir(0)
+    with pytest.raises(ConfigError, match="in: the folder cannot be read"):
+        look(tmp_path, settings={"recursive": True})
