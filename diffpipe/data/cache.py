@@ -112,7 +112,9 @@ class Cache:
             return {name: self._open[shard].get_tensor(f"{key}.{name}") for name in names}
         except (SafetensorError, OSError) as fault:
             raise DiffpipeError(
-                f"a shard of the cache is gone or damaged: {fault}", where=str(self.folder / shard), fix="run again to encode what it held"
+                f"a shard of the cache is gone or damaged: {fault}",
+                where=str(self.folder / shard),
+                fix="diffpipe cache CFG --verify removes what is damaged and encodes again what is missing",
             ) from fault
 
     def verify(self) -> list[Path]:

@@ -128,12 +128,18 @@ def test_foreign_safetensors_are_not_entries(tmp_path: Path) -> None:
     assert len(Cache(tmp_path)) == 0
 
 
-def test_a_shard_that_disappears_is_told_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda path: path.write_bytes(bytes(path.stat().st_size))])
+def test_a_shard_that_disappears_or_is_blank_although_it_is_indexed_is_told_of_with_the_cure(
+    tmp_path: Path, spoil: Callable[[Path], object]
+) -> None:
     [key] = fill(tmp_path, 1)
+    Cache(tmp_path).write_index()
     cache = Cache(tmp_path)
-    next(tmp_path.glob("*.safetensors")).unlink()
-    with pytest.raises(DiffpipeError, match="gone or damaged"):
+    spoil(next(tmp_path.glob("*.safetensors")))
+    with pytest.raises(DiffpipeError, match=r"gone or damaged[\s\S]*--verify"):
         cache[key]
+    cache.verify()
+    assert key not in Cache(tmp_path)
 
 
 def test_only_old_temporary_files_are_swept(tmp_path: Path) -> None:
