@@ -372,7 +372,7 @@ class TextSink(Sink):
         """Lines added to a file, each on disk before the next step."""
 
         def write(line: str) -> None:
-            with open(path, "a", encoding="utf-8") as file:
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
 
         return cls(write)

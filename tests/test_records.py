@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diffpipe.meter import Measured, split
-from diffpipe.metrics import RankRecord, Smoothed, Split, StepRecord, by_tenth
+from diffpipe.metrics import RankRecord, Smoothed, Split, StepRecord, TextSink, by_tenth
 from diffpipe.trackers import scalars
 from tests.conftest import ROOT, World
 
@@ -134,3 +134,10 @@ def test_a_smoothed_value_follows_without_leaning_on_the_first() -> None:
 
 def test_every_t_belongs_to_one_tenth() -> None:
     assert by_tenth([(0.0, 1.0), (0.05, 2.0), (0.1, 3.0), (0.999, 4.0), (1.0, 5.0)]) == {0: [1.0, 2.0], 1: [3.0], 9: [4.0, 5.0]}
+
+
+def test_the_log_goes_on_behind_the_name_of_a_file_that_is_no_text(tmp_path: Path) -> None:
+    log = TextSink.to_file(tmp_path / "log.txt")
+    for line in ("bad\udcff.png has no caption", "ü"):
+        log.note(line)
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "bad\\udcff.png has no caption\nü\n"
