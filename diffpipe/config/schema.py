@@ -25,8 +25,6 @@ ExportFormat = Literal["diffusers", "comfyui", "kohya"]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what a generator takes
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
