@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from torch import Tensor
 from diffpipe.errors import CheckpointError, DiffpipeError
 from diffpipe.models.adapters import MAGNITUDE
 from diffpipe.models.names import lora_to_diffusers, lora_to_original, rows_of
-from diffpipe.models.weights import lazily, open_file, realise
+from diffpipe.models.weights import lazily, open_file, read_metadata, realise
 
 if TYPE_CHECKING:
     from diffpipe.models.base import DiffusionModel
@@ -34,10 +36,13 @@ LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"
 KINDS = ("lora_A.weight", "lora_B.weight", MAGNITUDE, *LOKR, "alpha")
 WORD = re.compile(rf"^(.+?)\.({'|'.join(re.escape(w) for w in sorted([*WORDS, *KINDS], key=len, reverse=True))})$")
 PREFIXES = ("base_model.model.", "lycoris_", "lora_transformer_", "lora_unet_", "diffusion_model.", "transformer.", "unet.")
+Settings = Mapping[str, Mapping[str, Any]]  # peft's config of an adapter, by component
 
 
 def read_adapter(file: Path, model: DiffusionModel) -> dict[str, Tensor]:
     """The tensors of an adapter file by plain name (``<diffusers layer>.lora_A.weight`` …), alpha / rank multiplied in.
+
+    Alpha stands among the tensors, or in what peft and diffusers keep of their settings; where neither says, it is the rank.
 
     Raises:
         CheckpointError: when the file cannot be read, or holds a tensor that is no adapter of this family.
@@ -48,11 +53,14 @@ def read_adapter(file: Path, model: DiffusionModel) -> dict[str, Tensor]:
         if found is None:
             raise CheckpointError(f"{name} is no tensor of an adapter", where=str(file), expected="<layer>.lora_A.weight and the like")
         layers[found[1]][WORDS.get(found[2], found[2])] = tensor
+    if not layers:
+        raise CheckpointError("holds no tensor", where=str(file), expected="<layer>.lora_A.weight and the like")
     own, original = _layer_names(model)
+    settings = _peft_settings(file)
     direct: dict[str, Tensor] = {}
     joined: dict[str, Tensor] = {}
     for name, tensors in layers.items():
-        scaled = _with_alpha(tensors, name, file)
+        scaled = _scaled(tensors, name, file, settings)
         place = next((n for n in _spellings(name) if n in own or n in original), None)
         if place is None:
             raise CheckpointError(
@@ -155,8 +163,11 @@ def _parted(name: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def _with_alpha(tensors: dict[str, Tensor], name: str, file: Path) -> dict[str, Tensor]:
-    """A layer's tensors without ``alpha``, which is multiplied into one of them."""
+def _scaled(tensors: dict[str, Tensor], name: str, file: Path, settings: Settings) -> dict[str, Tensor]:
+    """A layer's tensors, what their product is scaled by multiplied into one of them.
+
+    That is alpha / rank, by an ``alpha`` among the tensors or by peft's settings.
+    """
     alpha = tensors.pop("alpha", None)
     wanted = ("lora_A.weight", "lora_B.weight") if any("lora" in kind for kind in tensors) else ()
     lacking = [w for w in wanted if w not in tensors]
@@ -165,13 +176,41 @@ def _with_alpha(tensors: dict[str, Tensor], name: str, file: Path) -> dict[str, 
     plain = {kind: realise(t) for kind, t in tensors.items()}
     if MAGNITUDE in plain:
         plain[MAGNITUDE] = plain[MAGNITUDE].flatten()
+    target = next(k for k in ("lora_B.weight", "lokr_w1", "lokr_w1_a") if k in plain)
+    inner = next((plain[k].shape[0] for k in ("lora_A.weight", "lokr_w2_b", "lokr_w1_b") if k in plain), None)
+    by = _told_scale(name, settings)
     if alpha is not None:
-        target = next(k for k in ("lora_B.weight", "lokr_w1", "lokr_w1_a") if k in plain)
-        inner = next((plain[k].shape[0] for k in ("lora_A.weight", "lokr_w2_b", "lokr_w1_b") if k in plain), None)
         # A full Kronecker product has no rank that its alpha could be divided by, and readers take its scale to be 1.
-        if inner is not None:
-            plain[target] = plain[target] * (realise(alpha).float().item() / inner)
+        by = 1.0 if inner is None else realise(alpha).float().item() / inner
+    if by != 1:
+        plain[target] = plain[target] * by
     return plain
+
+
+def _peft_settings(file: Path) -> Settings:
+    """What peft was told of an adapter, by component: from diffusers' header, or ("") from what peft saves beside its own file."""
+    told: dict[str, dict[str, Any]] = defaultdict(dict)
+    for key, value in json.loads(read_metadata(file).get("lora_adapter_metadata", "{}")).items():
+        component, _, setting = key.partition(".")
+        told[component][setting] = value
+    beside = file.with_name("adapter_config.json")
+    if not told and file.stem == "adapter_model" and beside.is_file():
+        told[""] = json.loads(beside.read_text(encoding="utf-8"))
+    return told
+
+
+def _told_scale(name: str, settings: Settings) -> float:
+    """What peft multiplies a layer's product by; 1 where nothing is told, as diffusers has it."""
+    told = settings.get(name.partition(".")[0], settings.get("", {}))
+
+    def own(key: str, otherwise: Any) -> Any:
+        patterns: Mapping[str, Any] = told.get(f"{key}_pattern") or {}
+        return next((value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name)), otherwise)
+
+    alpha, rank = own("alpha", told.get("lora_alpha", told.get("alpha"))), own("rank", told.get("r"))
+    if alpha is None or rank is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
 
 
 def _spellings(name: str) -> list[str]:

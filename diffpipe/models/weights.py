@@ -182,9 +182,12 @@ def open_file(file: Path) -> dict[str, Lazy]:
     """
     if not file.is_file():
         raise CheckpointError("no such file", where=str(file), fix="check model.files and model.path")
-    if file.suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
+    if file.suffix.lower() in PICKLES:
         return _open_pickle(file)
     return open_files([file])
+
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
@@ -217,8 +220,10 @@ def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """What the header of a safetensors file says about it."""
-    open_files([file])  # tells what is wrong with it
+    """What the header of a safetensors file says about it; a pickle has none."""
+    open_file(file)  # tells what is wrong with it
+    if file.suffix.lower() in PICKLES:
+        return {}
     with safe_open(file, "pt") as handle:
         return dict(handle.metadata() or {})
 

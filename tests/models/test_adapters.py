@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,34 @@ def test_a_foreign_alpha_is_honoured(toys: Callable[[str], Path], tmp_path: Path
     read = read_adapter(file, model)
     for name, tensor in tensors.items():
         torch.testing.assert_close(read[name], tensor / 4 if ".lora_B." in name else tensor)
+
+
+@pytest.mark.parametrize("kept", ["header", "beside"])
+@pytest.mark.parametrize(
+    ("told", "query", "value"),
+    [
+        ({"lora_alpha": 8}, 2.0, 2.0),
+        ({"lora_alpha": 4, "alpha_pattern": {"attn2.to_v": 1}}, 1.0, 0.25),
+        ({"lora_alpha": 4, "use_rslora": True}, 2.0, 2.0),
+    ],
+    ids=["one", "pattern", "rslora"],
+)
+def test_a_scale_that_only_diffusers_header_or_pefts_config_tells_is_honoured(
+    toys: Callable[[str], Path], tmp_path: Path, told: dict[str, Any], query: float, value: float, kept: str
+) -> None:
+    model = model_of("wan", toys)
+    layers = {"blocks.0.attn1.to_q": query, "blocks.1.attn2.to_v": value}
+    tensors = {f"{layer}.lora_{side}.weight": torch.randn(64, 4) for layer in layers for side in "AB"}
+    tensors = {n: t.T.contiguous() if ".lora_A." in n else t for n, t in tensors.items()}
+    settings = {"peft_type": "LORA", "r": 4, "rank_pattern": {}, "alpha_pattern": {}, **told}
+    file = tmp_path / "adapter_model.safetensors"
+    header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": v for key, v in settings.items()})}
+    save_file({f"transformer.{n}": t for n, t in tensors.items()}, file, header if kept == "header" else None)
+    if kept == "beside":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    read = read_adapter(file, model)
+    for layer, scale in layers.items():
+        torch.testing.assert_close(read[f"{layer}.lora_B.weight"], tensors[f"{layer}.lora_B.weight"] * scale)
 
 
 def test_ranks_go_by_pattern_and_keep_the_scale_at_one(toys: Callable[[str], Path]) -> None:
