@@ -18,7 +18,7 @@ from diffpipe.forecast import Forecast, dims
 from diffpipe.models import make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import check_optimizer
-from diffpipe.pipeline.build import outline
+from diffpipe.pipeline.build import check_trained, outline
 from diffpipe.pipeline.cut import expand
 from diffpipe.pipeline.memory.cards import Card, find_card
 from diffpipe.pipeline.memory.estimate import Estimate
@@ -79,6 +79,7 @@ def make_plan(config: Config, card: str | None = None) -> Plan:
     if config.model.path is not None or config.model.files:
         model.weights()  # else the released model is planned for, wherever it lies
         check_formats(config, model)
+    check_trained(config, model)
     check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
     chosen = find_card(card, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     prompts = read_prompts(config, model)

@@ -37,7 +37,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import caution, check_optimizer, factor, make_optimizer, rate_of, set_rates
 from diffpipe.outlook import Outlook
 from diffpipe.pipeline.attention import check_attention
-from diffpipe.pipeline.build import build
+from diffpipe.pipeline.build import build, check_trained
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -96,6 +96,7 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         model = make_model(config.model, config.objective)
         model.weights()
         check_formats(config, model)
+        check_trained(config, model)
         check_attention(config.model.attention, mesh.device)
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         if told := caution(config.optimizer, config.mesh.stages):

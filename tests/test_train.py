@@ -128,6 +128,7 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
         ({"model.family": "fluks"}, "model.family"),
         ({"optimizer.kind": "adamv", "data.folders": "[{path: nowhere}]"}, "optimizer.kind: there is no optimizer 'adamv'"),
         ({"data.folders": "[{path: nowhere}]"}, "nowhere"),
+        ({"adapter.init": "none.pt", "data.folders": "[{path: nowhere}]"}, "adapter.init: none.pt: no such file"),
     ],
 )
 def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(

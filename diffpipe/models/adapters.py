@@ -145,15 +145,8 @@ def initialise(
         plain = plain_name(name)
         if given is None:
             value = _drawn(name, parameter, seed) if MAGNITUDE not in name else weight_of(plain.removesuffix(f".{MAGNITUDE}")).norm(dim=1)
-        elif plain not in given or given[plain].shape != parameter.shape:
-            found = f"has {tuple(given[plain].shape)} for it" if plain in given else "has nothing for it"
-            raise CheckpointError(
-                f"{plain} wants {tuple(parameter.shape)}, the file {found}",
-                where=str(config.init),
-                fix="set adapter.kind, adapter.rank (or adapter.ranks) and adapter.targets to those of the file",
-            )
         else:
-            value = _unscaled(plain, given[plain], module, config)
+            value = _unscaled(plain, _fitting(plain, parameter, config, given), module, config)
         owner, _, leaf = name.rpartition(".")
         fresh = nn.Parameter(value.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
         place: Any = module.get_submodule(owner)
@@ -161,6 +154,34 @@ def initialise(
             place[leaf] = fresh
         else:
             setattr(place, leaf, fresh)
+
+
+def check_given(module: nn.Module, config: AdapterConfig, given: Mapping[str, Tensor]) -> None:
+    """Find out whether a file fits the adapters of a whole module, all of it.
+
+    Raises:
+        CheckpointError: when it lacks a tensor, has one of another shape, or one that has no place.
+    """
+    wanted = adapter_tensors(module)
+    for name, parameter in wanted.items():
+        _fitting(name, parameter, config, given)
+    if surplus := sorted(given.keys() - wanted.keys()):
+        raise CheckpointError(
+            f"has {surplus[0]}{f' and {len(surplus) - 1} more tensors' if len(surplus) > 1 else ''}, which the adapter has no place for",
+            where=str(config.init),
+            expected=f"the {len(wanted)} tensors of a {config.kind} on the layers that adapter.targets and adapter.exclude leave",
+            fix=LIKE_FILE,
+        )
+
+
+LIKE_FILE = "set adapter.kind, adapter.rank (or adapter.ranks) and adapter.targets to those of the file"
+
+
+def _fitting(plain: str, parameter: Tensor, config: AdapterConfig, given: Mapping[str, Tensor]) -> Tensor:
+    if plain not in given or given[plain].shape != parameter.shape:
+        found = f"has {tuple(given[plain].shape)} for it" if plain in given else "has nothing for it"
+        raise CheckpointError(f"{plain} wants {tuple(parameter.shape)}, the file {found}", where=str(config.init), fix=LIKE_FILE)
+    return given[plain]
 
 
 def folded(tensors: Mapping[str, Tensor], config: AdapterConfig) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import nn
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
-from diffpipe.models.adapters import attach, base_name, initialise, is_adapter, matching, resolve_targets
+from diffpipe.models.adapters import attach, base_name, check_given, initialise, is_adapter, matching, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
@@ -78,6 +78,25 @@ def parts_of(whole: nn.Module, spec: StageSpec, spans: Sequence[Span], fakes: Fa
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
     """The whole model on meta, adapted, in the types it is kept in, with only trained parameters requiring gradients; and its spans."""
+    whole = _adapted_whole(config, model)
+    return whole, split(whole, model.spec, config.mesh)
+
+
+def check_trained(config: Config, model: DiffusionModel) -> None:
+    """Find out before anything is encoded that what the config says of trained parameters is so, and that the adapter to start from fits.
+
+    Raises:
+        DiffpipeError: when a pattern finds nothing, or the file is missing or another adapter's.
+    """
+    whole = _adapted_whole(config, model)
+    if config.adapter is not None and config.adapter.init is not None:
+        file = config.adapter.init
+        if not file.is_file():
+            raise ConfigError("no such file", where=f"adapter.init: {file}", expected="one adapter file")
+        check_given(whole, config.adapter, read_adapter(file, model))
+
+
+def _adapted_whole(config: Config, model: DiffusionModel) -> nn.Module:
     whole = model.load_denoiser()
     if config.adapter is not None:
         ranks = resolve_targets(model, whole, config.adapter)
@@ -86,7 +105,7 @@ def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span
         whole.requires_grad_(True)
     _freeze(whole, config)
     _set_types(whole, model, config)
-    return whole, split(whole, model.spec, config.mesh)
+    return whole
 
 
 def precision_of(config: Config, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:

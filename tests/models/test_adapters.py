@@ -16,7 +16,7 @@ from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.models import MODELS, make_model
 from diffpipe.models.adapter_files import joined_layers, name_adapter, read_adapter
-from diffpipe.models.adapters import adapter_tensors, attach, folded, initialise, is_adapter, resolve_targets
+from diffpipe.models.adapters import adapter_tensors, attach, check_given, folded, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
 from tests.families import frames_of, microbatch, with_weights
 
@@ -190,6 +190,23 @@ def test_a_file_of_another_family_or_rank_is_refused(toys: Callable[[str], Path]
     save_file({"blocks.0.weight": torch.zeros(2)}, file)
     with pytest.raises(CheckpointError, match="is no tensor of an adapter"):
         read_adapter(file, flux)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "told"),
+    [
+        ("lora", {"targets": [r"attn\.to_q$"]}, r"has \S+lora_A\.weight and \d+ more tensors, which the adapter has no place for"),
+        ("dora", {}, r"has \S+lora_magnitude_vector and \d+ more"),
+    ],
+)
+def test_a_file_of_which_a_part_has_no_place_is_refused(
+    toys: Callable[[str], Path], tmp_path: Path, kind: Any, changes: dict[str, Any], told: str
+) -> None:
+    flux = model_of("flux", toys)
+    given = adapter_tensors(trained(flux, AdapterConfig(kind=kind, rank=4)))
+    config = AdapterConfig(rank=4, init=tmp_path / "adapter.safetensors", **changes)
+    with pytest.raises(CheckpointError, match=rf"adapter\.safetensors: {told}"):
+        check_given(adapted(flux, config), config, given)
 
 
 def test_a_lokr_over_joined_layers_cannot_take_original_names(toys: Callable[[str], Path]) -> None:
