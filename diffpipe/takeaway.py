@@ -66,11 +66,13 @@ def export_file(
         raise ConfigError(
             "the file does not say which family it is for", where=str(file), expected=", ".join(sorted(MODELS)), fix="name it with --family"
         )
-    given: dict[str, Any] = {}
+    kind = model_class(family)
+    # An adapter may be one of text encoders too, wherever these can be trained.
+    given: dict[str, Any] = {"train_text_encoders": "model.train_text_encoders" in kind.options}
     if base is not None and Path(base).is_file():
-        given = {"files": {model_class(family).component: base}}
+        given["files"] = {kind.component: base}
     elif base is not None:
-        given = {"path": base}
+        given["path"] = base
     model = make_model(ModelConfig(family=family, **given), ObjectiveConfig())
     found = form_of(file, model)
     if source is not None and found != source:

@@ -62,16 +62,30 @@ def read_adapter(file: Path, model: DiffusionModel) -> dict[str, Tensor]:
     for name, tensors in layers.items():
         scaled = _scaled(tensors, name, file, settings)
         place = next((n for n in _spellings(name) if n in own or n in original), None)
+        if place is None and model.has_no_use_for(name):
+            continue
         if place is None:
-            raise CheckpointError(
-                f"{name} is no layer of {model.title}", where=str(file), expected=f"a layer such as {next(iter(own.values()))}", fix=FIX
-            )
+            raise _foreign(name, file, model, next(iter(own.values())))
         into, layer = (direct, own[place]) if place in own else (joined, original[place])
         into |= {f"{layer}.{kind}": t for kind, t in scaled.items()}
     return {**direct, **_split(joined, model, file)}
 
 
 FIX = "name a file that was trained for this family"
+OF_TEXT = re.compile(r"lora_te\d?_|text_encoder")  # how the names of text encoders' layers begin
+
+
+def _foreign(name: str, file: Path, model: DiffusionModel, known: str) -> CheckpointError:
+    """The fault of a layer that is none of what is trained."""
+    if not OF_TEXT.match(name):
+        return CheckpointError(f"{name} is no layer of {model.title}", where=str(file), expected=f"a layer such as {known}", fix=FIX)
+    could = "model.train_text_encoders" in model.options and not model.config.train_text_encoders
+    return CheckpointError(
+        f"{name} is a layer of a text encoder, which {'stays as it is' if could else f'{model.name} does not train'}",
+        where=str(file),
+        expected=f"layers of the denoiser, such as {known}",
+        fix=f"take such tensors out of the file{', or set model.train_text_encoders to true' if could else ''}",
+    )
 
 
 def form_of(file: Path, model: DiffusionModel) -> str:

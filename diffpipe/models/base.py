@@ -322,6 +322,10 @@ class DiffusionModel(ABC):
         """What kohya's tools call an original layer."""
         return f"lora_unet_{layer.replace('.', '_')}"
 
+    def has_no_use_for(self, layer: str) -> bool:
+        """Whether other programs' adapters may hold such a layer, and it has no effect on what the model gives."""
+        return False
+
     def original_name(self, name: str) -> str:
         """The original name of a tensor that some program writes under another one."""
         return name

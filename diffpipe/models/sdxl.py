@@ -335,6 +335,13 @@ class SDXL(DiffusionModel):
                 return f"{KOHYA[component]}_{layer.removeprefix(f'{name}.').replace('.', '_')}"
         return super().kohya_layer(layer)
 
+    def has_no_use_for(self, layer: str) -> bool:
+        """The first text encoder's last layer, which kohya's tools adapt too."""
+        if not self.config.train_text_encoders:
+            return False
+        last = self.blueprint["text_encoder"].config["num_hidden_layers"] - 1
+        return re.match(rf"(lora_te1_|text_encoder\.|text_encoders\.clip_l\.).*layers[._]{last}[._]", layer) is not None
+
     def adapter_targets(self, module: nn.Module) -> list[str]:
         """The text encoders' layers too, where they are trained."""
         encoders = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and re.match(r"text_encoder.*\.encoder\.layers\.", n)]

@@ -15,7 +15,7 @@ import torch
 import transformers
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig
 
@@ -33,6 +33,7 @@ from diffpipe.models.ldm import open_clip_originals, vae_originals
 from diffpipe.models.names import original_names, to_original
 from diffpipe.models.sdxl import SDXL, chunked
 from diffpipe.pipeline.stage import sum_errors
+from diffpipe.takeaway import export_file
 from tests.families import drawn, encoded, encoders_of, with_weights
 
 Toys = Callable[[str], Path]
@@ -259,6 +260,17 @@ def test_adapters_of_text_encoders_read_back_whatever_they_are_called(toys: Toys
     back = read_adapter(tmp_path / "adapter.safetensors", model)
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[n], t) for n, t in tensors.items())
+
+
+def test_a_lora_of_text_encoders_converts_without_what_sdxl_makes_no_use_of(toys: Toys, tmp_path: Path) -> None:
+    layers = ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_te1_text_model_encoder_layers_1_mlp_fc1")
+    file = tmp_path / "kohya.safetensors"
+    save_file({f"{n}.lora_{side}.weight": torch.ones(2, 2) for n in layers for side in ("down", "up")}, file)
+    frozen = model_of(toys)
+    [path] = export_file(file, formats=["diffusers"], family="sdxl", base=str(frozen.config.path))
+    assert load_file(path).keys() == {f"text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_{side}.weight" for side in "AB"}
+    with pytest.raises(CheckpointError, match=r"lora_te1_\S+ is a layer of a text encoder, which stays as it is[\s\S]*train_text_encoders"):
+        read_adapter(file, frozen)
 
 
 def test_a_cache_of_tokens_is_another_than_one_of_embeddings_and_keeps_the_pictures(toys: Toys) -> None:
