@@ -7,6 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def read_adapter(file: Path, model: DiffusionModel) -> dict[str, Tensor]:
     return {**direct, **_split(joined, model, file)}
 
 
-FIX = "name a file that was trained for this family"
+FIX = "name a file that was trained for this family, and its size"
 OF_TEXT = re.compile(r"lora_te\d?_|text_encoder")  # how the names of text encoders' layers begin
 
 
@@ -148,25 +149,42 @@ def merge_into(weights: Mapping[str, Tensor], adapter: Mapping[str, Tensor], by:
         name = f"{layer}.weight"
         if name not in merged:
             raise CheckpointError(f"{layer} has no weight to be merged into", where=where, fix=FIX)
+        _check_size(own, layer, (merged[name].shape[0], merged[name][0].numel()), where)
         merged[name] = _merged(merged[name], own, by)
     return merged
+
+
+def _check_size(own: Mapping[str, Tensor], layer: str, wanted: tuple[int, int], where: str) -> None:
+    """Refuse an adapter whose update is not of the rows and columns of its layer."""
+    if "lora_A.weight" in own:
+        found = own["lora_B.weight"].shape[0], own["lora_A.weight"][0].numel()
+    else:
+        # Of a factor in two parts the second has the columns behind its rank.
+        heights = [own[w if w in own else f"{w}_a"].shape[0] for w in ("lokr_w1", "lokr_w2")]
+        widths = [own[w if w in own else f"{w}_b"][0].numel() for w in ("lokr_w1", "lokr_w2")]
+        found = prod(heights), prod(widths)
+    if found != wanted:
+        raise CheckpointError(
+            f"changes {layer} as a layer of {found[1]} to {found[0]}", where=where, expected=f"{wanted[1]} to {wanted[0]}", fix=FIX
+        )
 
 
 def _merged(weight: Tensor, own: dict[str, Tensor], by: float) -> Tensor:
     kept = torch.bfloat16 if weight.dtype.itemsize == 1 else weight.dtype  # most of the update would be lost in fp8
 
     def run() -> Tensor:
-        base = realise(weight).float()
+        base = realise(weight).float().flatten(1)
         parts = {kind: realise(t).float() for kind, t in own.items()}
         if "lora_A.weight" in parts:
             update = parts["lora_B.weight"].flatten(1) @ parts["lora_A.weight"].flatten(1)
         else:
             first, second = (parts[w] if w in parts else parts[f"{w}_a"] @ parts[f"{w}_b"] for w in ("lokr_w1", "lokr_w2"))
-            update = torch.kron(first, second)
+            # Of a convolution the first factor has no extent in space.
+            update = torch.kron(first.reshape(*first.shape, *[1] * (second.ndim - 2)), second)
         changed = base + update.reshape(base.shape)
         if MAGNITUDE in parts:
             changed = parts[MAGNITUDE].reshape(-1, 1) * changed / changed.norm(dim=1, keepdim=True)
-        return (base + by * (changed - base)).to(kept)
+        return (base + by * (changed - base)).reshape(weight.shape).to(kept)
 
     return lazily(weight.shape, kept, run)
 
@@ -189,6 +207,13 @@ def _scaled(tensors: dict[str, Tensor], name: str, file: Path, settings: Setting
         raise CheckpointError(f"{name} has no {lacking[0] if lacking else 'weights'}", where=str(file), fix="save the file again")
     plain = {kind: realise(t) for kind, t in tensors.items()}
     if MAGNITUDE in plain:
+        if plain[MAGNITUDE].shape[0] == 1 < plain[MAGNITUDE].numel():
+            raise CheckpointError(
+                f"{name} has a magnitude for each of {plain[MAGNITUDE].numel()} inputs",
+                where=str(file),
+                expected="one for each output (LyCORIS' wd_on_output)",
+                fix="name another file",
+            )
         plain[MAGNITUDE] = plain[MAGNITUDE].flatten()
     target = next(k for k in ("lora_B.weight", "lokr_w1", "lokr_w1_a") if k in plain)
     inner = next((plain[k].shape[0] for k in ("lora_A.weight", "lokr_w2_b", "lokr_w1_b") if k in plain), None)
@@ -256,6 +281,12 @@ def _split(tensors: Mapping[str, Tensor], model: DiffusionModel, file: Path) -> 
     if not tensors:
         return {}
     names, shapes = model.original_names(), model.shapes
+    for original, pieces in names.items():
+        layer = original.removesuffix(".weight")
+        if len(pieces) > 1 and f"{layer}.lora_A.weight" in tensors:
+            own = {kind: tensors[f"{layer}.{kind}"] for kind in ("lora_A.weight", "lora_B.weight")}
+            rows = sum(rows_of(torch.empty(shapes[p.name][0]), p).shape[0] for p in pieces)
+            _check_size(own, layer, (rows, prod(shapes[pieces[0].name][1:])), str(file))
     result = lora_to_diffusers(tensors, names, shapes)
     for original, pieces in names.items():
         layer = original.removesuffix(".weight")

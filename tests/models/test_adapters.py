@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from diffpipe.config.schema import AdapterConfig, ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError, ConfigError, DiffpipeError
 from diffpipe.models import MODELS, make_model
-from diffpipe.models.adapter_files import joined_layers, name_adapter, read_adapter
+from diffpipe.models.adapter_files import joined_layers, merge_into, name_adapter, read_adapter
 from diffpipe.models.adapters import adapter_tensors, attach, check_given, folded, initialise, is_adapter, resolve_targets
 from diffpipe.models.base import DiffusionModel
+from diffpipe.models.weights import realise
 from tests.families import frames_of, microbatch, with_weights
 
 CPU = torch.device("cpu")
@@ -207,6 +208,39 @@ def test_a_file_of_which_a_part_has_no_place_is_refused(
     config = AdapterConfig(rank=4, init=tmp_path / "adapter.safetensors", **changes)
     with pytest.raises(CheckpointError, match=rf"adapter\.safetensors: {told}"):
         check_given(adapted(flux, config), config, given)
+
+
+def test_a_file_for_another_size_of_the_model_is_refused(toys: Callable[[str], Path], tmp_path: Path) -> None:
+    flux, file = model_of("flux", toys), tmp_path / "wide.safetensors"
+    layers = {"lora_unet_double_blocks_0_img_attn_qkv": (100, 64), "lora_unet_double_blocks_0_img_attn_proj": (64, 80)}
+    told = (r"img_attn\.qkv as a layer of 64 to 100\n  expected: 64 to 192", r"to_out\.0 as a layer of 80 to 64\n  expected: 64 to 64")
+    for (layer, (rows, columns)), message in zip(layers.items(), told, strict=True):
+        save_file({f"{layer}.lora_up.weight": torch.ones(rows, 4), f"{layer}.lora_down.weight": torch.ones(4, columns)}, file)
+        with pytest.raises(CheckpointError, match=message):
+            model_of("flux", toys, merge=[{"path": file}]).weights()
+    save_file(
+        {
+            f"{layer}.lora_down.weight": torch.ones(4, 64),
+            f"{layer}.lora_up.weight": torch.ones(64, 4),
+            f"{layer}.dora_scale": torch.ones(1, 64),
+        },
+        file,
+    )
+    with pytest.raises(CheckpointError, match="has a magnitude for each of 64 inputs"):
+        read_adapter(file, flux)
+
+
+def test_an_adapter_of_a_convolution_is_merged_as_its_formula_has_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, first, second = (torch.randn(shape, generator=generator) for shape in ((6, 4, 3, 3), (3, 2), (2, 2, 3, 3)))
+    merged = merge_into({"a.weight": weight}, {"a.lokr_w1": first, "a.lokr_w2": second}, 1.0, "")["a.weight"]
+    expected = weight + torch.einsum("ab,oihw->aobihw", first, second).reshape(weight.shape)
+    torch.testing.assert_close(realise(merged), expected)
+    down, up, magnitude = (torch.randn(shape, generator=generator) for shape in ((2, 4, 3, 3), (6, 2, 1, 1), (6,)))
+    lora = {"a.lora_A.weight": down, "a.lora_B.weight": up, "a.lora_magnitude_vector": magnitude}
+    changed = weight + torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
+    expected = changed * (magnitude / changed.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(realise(merge_into({"a.weight": weight}, lora, 1.0, "")["a.weight"]), expected)
 
 
 def test_a_lokr_over_joined_layers_cannot_take_original_names(toys: Callable[[str], Path]) -> None:
