@@ -101,7 +101,9 @@ def write_adapter(
         DiffpipeError: when the format cannot hold them, or the file cannot be written.
     """
     named = cast(name_adapter(tensors, model, kind), lambda _: dtype)
-    return write_safetensors(path, named, {**about, "diffpipe.format": kind})
+    # AUTOMATIC1111's and Forge's web UIs take an adapter whose header does not say this for one of Stable Diffusion 1.
+    version = {"ss_base_model_version": model.base_version} if model.base_version else {}
+    return write_safetensors(path, named, {**about, **version, "diffpipe.format": kind})
 
 
 def _dtype(config: Config) -> torch.dtype:

@@ -99,6 +99,7 @@ class DiffusionModel(ABC):
     originals: ClassVar[Originals | None] = None  # the names of its original checkpoint, without which only diffusers' are known
     prefixes: ClassVar[tuple[str, ...]] = ("model.diffusion_model.", "diffusion_model.")  # what files put before those
     written: ClassVar[str] = ""  # what is written before the names of full weights in that layout, where readers look for it
+    base_version: ClassVar[str] = ""  # what kohya's tools call the base in an adapter's header, by which web UIs sort adapters
     encoding: ClassVar[int] = 1  # raised when the code of encode_media or encode_text changes what it gives
     process: ClassVar[str] = "rectified flow"  # what noise does to data, and so what is learned, in the words of the field
     timesteps: ClassVar[str] = "logit_normal"  # the distribution that null stands for in objective.timesteps

@@ -39,6 +39,7 @@ class Flux(DiffusionModel):
     denoiser = "FluxTransformer2DModel"
     pipeline = "FluxPipeline"
     originals = Originals(denoiser, original_shapes, {"num_layers": 1, "num_single_layers": 1})
+    base_version = "flux1"
     options = frozenset({"model.guidance"})
     guided = "distilled"
 

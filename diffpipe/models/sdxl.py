@@ -120,6 +120,7 @@ class SDXL(DiffusionModel):
     originals = unet_originals(
         ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), 2
     )
+    base_version = "sdxl_base_v1-0"
     process = "DDPM"
     guided = "classifier-free"
     timesteps = "uniform"

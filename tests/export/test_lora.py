@@ -149,6 +149,7 @@ def test_the_header_tells_where_a_lora_comes_from(make_config: MakeConfig, famil
         assert about["diffpipe.base"] == config.model.path
         assert (about["diffpipe.rank"], about["diffpipe.alpha"]) == ("4", "6.0")
         assert about["diffpipe.version"]
+        assert about.get("ss_base_model_version", "").startswith("sdxl_") == (family == "sdxl")
         assert len(about["diffpipe.config_hash"]) == 16
 
 
