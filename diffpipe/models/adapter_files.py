@@ -62,7 +62,7 @@ def read_adapter(file: Path, model: DiffusionModel) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     for name, tensors in layers.items():
         scaled = _scaled(tensors, name, file, settings)
-        place = next((n for n in _spellings(name) if n in own or n in original), None)
+        place = next((n for n in _spellings(name, model) if n in own or n in original), None)
         if place is None and model.has_no_use_for(name):
             continue
         if place is None:
@@ -95,7 +95,7 @@ def form_of(file: Path, model: DiffusionModel) -> str:
     if any(n.startswith("lora_") for n in names):
         return "kohya"
     own, _ = _layer_names(model)
-    diffusers = sum(any(spelling in own for spelling in _spellings(found[1])) for n in names if (found := WORD.match(n)))
+    diffusers = sum(any(spelling in own for spelling in _spellings(found[1], model)) for n in names if (found := WORD.match(n)))
     original = sum(n.startswith("diffusion_model.") for n in names)
     return "comfyui" if original or not diffusers else "diffusers"
 
@@ -252,12 +252,12 @@ def _told_scale(name: str, settings: Settings) -> float:
     return alpha / (math.sqrt(rank) if told.get("use_rslora") else rank)
 
 
-def _spellings(name: str) -> list[str]:
-    """A layer's name with and without what tools put before it."""
+def _spellings(name: str, model: DiffusionModel) -> list[str]:
+    """A layer's name with and without what tools put before it, and its original one where ComfyUI has another."""
     found = [name]
     for prefix in PREFIXES:
         found += [n.removeprefix(prefix) for n in found if n.startswith(prefix)]
-    return found
+    return found + [model.original_name(f"{n}.weight").removesuffix(".weight") for n in found]
 
 
 def _layer_names(model: DiffusionModel) -> tuple[dict[str, str], dict[str, str]]:

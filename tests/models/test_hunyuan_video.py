@@ -18,6 +18,7 @@ from diffpipe.config.schema import ModelConfig, ObjectiveConfig
 from diffpipe.errors import CheckpointError
 from diffpipe.flow import Key
 from diffpipe.models import make_model
+from diffpipe.models.adapter_files import name_adapter, read_adapter
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.encoders import load_component
 from diffpipe.models.names import to_original
@@ -113,6 +114,15 @@ def test_comfyuis_and_tencents_files_give_the_same_weights(model: DiffusionModel
         got, base = model_of(toys("hunyuan-video"), files={"transformer": tmp_path / name}).weights(), model.weights()
         assert got.names() == base.names()
         assert all(torch.equal(got.read(n), base.read(n)) for n in base.names()), name
+
+
+def test_a_lora_under_comfyuis_own_names_is_read(model: DiffusionModel, tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name in model.adapter_targets(model.load_denoiser()):
+        rows, columns = model.shapes[f"{name}.weight"]
+        tensors |= {f"{name}.lora_A.weight": torch.ones(4, columns), f"{name}.lora_B.weight": torch.ones(rows, 4)}
+    save_file({comfyuis(n): t for n, t in name_adapter(tensors, model, "comfyui").items()}, tmp_path / "lora.safetensors")
+    assert read_adapter(tmp_path / "lora.safetensors", model).keys() == tensors.keys()
 
 
 def test_tencents_fp8_whose_scales_lie_elsewhere_is_refused(model: DiffusionModel, toys: Toys, tmp_path: Path) -> None:
