@@ -56,16 +56,12 @@ OFFICIAL_HUNYUAN = {
     "tokenizer_2": "text_encoder_2",
 }
 OFFICIAL_WAN = {
-    "transformer": "diffusion_pytorch_model.safetensors",
+    "transformer": "",
     "vae": "Wan2.1_VAE.pth",
     "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
     "tokenizer": "google/umt5-xxl",
 }
 WAN_CLIP = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-SHARDED = (
-    "its transformer lies in several files with original names, which are not read together: name ComfyUI's single file as"
-    " model.files.transformer, or the diffusers repository as model.path; the other components are carried"
-)
 FAMILIES = {
     f.kind: f
     for f in (

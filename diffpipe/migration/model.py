@@ -12,7 +12,7 @@ from typing import Any
 
 from diffpipe.errors import ConfigError
 from diffpipe.migration.draft import Draft, Table
-from diffpipe.migration.families import DTYPES, ELSEWHERE, FAMILIES, OFFICIAL_WAN, READ_BY, SHARDED, WAN_CLIP, Family
+from diffpipe.migration.families import DTYPES, ELSEWHERE, FAMILIES, READ_BY, WAN_CLIP, Family
 
 QUANTIZED = ("float8", "float8_e4m3fn", "float8_e5m2", "nf4")
 
@@ -104,9 +104,6 @@ def _places(draft: Draft, old: Table, family: Family, image: bool) -> None:
         key, parts = family.folder
         if image:
             parts = {**parts, "image_encoder": WAN_CLIP}
-        if family.kind == "wan" and "transformer_path" not in old and _sharded(old):
-            draft.leave(old, key, SHARDED)
-            parts = {name: place for name, place in parts.items() if name != "transformer"}
         files |= _parts(draft, old, key, parts)
     else:
         for key in ("checkpoint_path", "diffusers_path"):
@@ -126,15 +123,7 @@ def _parts(draft: Draft, old: Table, key: str, parts: Mapping[str, str]) -> dict
     root = old.text(key).rstrip("/\\")
     if not draft.told(old, key):
         draft.tell(old, key, "changed", "model.files", "each component by its place in that folder")
-    return {component: f"{root}/{place}" for component, place in parts.items()}
-
-
-def _sharded(old: Table) -> bool:
-    """Whether an official folder holds the transformer in several files; by its name where the folder is not here."""
-    folder = Path(old.text("ckpt_path", ""))
-    if folder.is_dir():
-        return not (folder / OFFICIAL_WAN["transformer"]).is_file()
-    return "14b" in folder.name.lower()
+    return {component: f"{root}/{place}".rstrip("/") for component, place in parts.items()}
 
 
 def _objective(draft: Draft, old: Table) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from diffpipe.config.schema import ModelConfig
 from diffpipe.errors import CheckpointError, ConfigError
+from diffpipe.models.weights import file_in
 
 CONFIGS = Path(__file__).with_name("configs")
 HUB = "hf:"
@@ -74,6 +75,11 @@ def read_blueprint(config: ModelConfig, pipeline: str, denoiser: str) -> Bluepri
             raise ConfigError("no such file or folder", where=f"model.files.{name}: {path}")
         if path.is_file() and "tokenizer" in name:
             path = path.parent  # tokenizer.json and spiece.model are read by their folder
+        if path.is_dir() and name == component:
+            if (held := _config_in(path)).get("_class_name") == kind:
+                found[name] = replace(found[name], config=held)
+            else:
+                path = file_in(path) or path  # an original release, whose weights have other names
         found[name] = replace(found[name], file=None, folder=path) if path.is_dir() else replace(found[name], file=path)
     return found
 
@@ -118,8 +124,7 @@ def _in_folder(folder: Path, component: str, kind: str) -> Iterator[tuple[str, C
             fix="download the model's diffusers repository and name its folder; single files go to model.files",
         )
     entries = json.loads(index.read_text(encoding="utf-8"))
-    declared = folder / component / "config.json"
-    found = json.loads(declared.read_text(encoding="utf-8")).get("_class_name") if declared.is_file() else None
+    found = _config_in(folder / component).get("_class_name")
     if found != kind:
         raise CheckpointError(
             f"{folder} holds {found or f'no {component}/config.json'}",
@@ -129,10 +134,13 @@ def _in_folder(folder: Path, component: str, kind: str) -> Iterator[tuple[str, C
         )
     for name, entry in entries.items():
         if isinstance(entry, list) and len(entry) == 2 and entry[0] is not None:
-            place = folder / name
-            config = place / "config.json"
-            held = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            yield name, Component(name, entry[0], entry[1], held, place)
+            yield name, Component(name, entry[0], entry[1], _config_in(folder / name), folder / name)
+
+
+def _config_in(folder: Path) -> dict[str, Any]:
+    """What a component's folder says that it is made from."""
+    config = folder / "config.json"
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
 def _download(config: ModelConfig) -> Path:

@@ -175,19 +175,30 @@ class WeightSource:
 
 
 def open_file(file: Path) -> dict[str, Lazy]:
-    """Lazy tensors of a checkpoint file under its own names: safetensors, or a pickle that holds nothing but tensors.
+    """Lazy tensors of a checkpoint file under its own names: safetensors, the index of several such files, or a pickle that holds nothing
+    but tensors.
 
     Raises:
         CheckpointError: when it is missing, truncated, or a pickle that would run code.
     """
     if not file.is_file():
         raise CheckpointError("no such file", where=str(file), fix="check model.files and model.path")
+    if file.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            "a GGUF file, whose quantised weights are not read",
+            where=str(file),
+            expected="safetensors",
+            fix="name the model in bf16 or fp8",
+        )
+    if file.name.endswith(INDEX):
+        return open_files(_indexed(file))
     if file.suffix.lower() in PICKLES:
         return _open_pickle(file)
     return open_files([file])
 
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+INDEX = ".safetensors.index.json"  # how the name of a list of files ends that hold one component together
 
 
 def open_files(files: Iterable[Path]) -> dict[str, Lazy]:
@@ -261,18 +272,35 @@ def open_folder(folder: Path, library: str = "diffusers") -> WeightSource:
     Raises:
         CheckpointError: when the folder holds no safetensors weights.
     """
-    index = folder / f"{STEMS[library]}.safetensors.index.json"
-    if index.is_file():
+    index = folder / f"{STEMS[library]}{INDEX}"
+    files = _indexed(index) if index.is_file() else _present([folder / f"{STEMS[library]}.safetensors"])
+    return WeightSource(open_files(files), folder)
+
+
+def file_in(folder: Path) -> Path | None:
+    """The safetensors file of a folder that has one, or the index of those of a folder that has several."""
+    found = list(folder.glob(f"*{INDEX}")) or list(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else None
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index lists, beside it."""
+    try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        names = [f"{STEMS[library]}.safetensors"]
-    files = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(
+            "is no index of weights", where=str(index), expected="JSON with a weight_map", fix="download it again"
+        ) from fault
+    return _present([index.parent / name for name in names])
+
+
+def _present(files: list[Path]) -> list[Path]:
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise CheckpointError(
-            f"lacks {', '.join(missing[:3])}", where=str(folder), expected="a diffusers component with safetensors weights"
+            f"lacks {', '.join(missing[:3])}", where=str(files[0].parent), expected="a component with safetensors weights, all of them"
         )
-    return WeightSource(open_files(files), folder)
+    return files
 
 
 def within(tensors: Mapping[str, Lazy], prefixes: Iterable[str]) -> dict[str, Lazy]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import diffusers
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from diffpipe.checkpoint import Checkpoints
 from diffpipe.config.schema import AdapterConfig, CheckpointConfig, Config, MeshConfig
-from diffpipe.errors import DiffpipeError
+from diffpipe.errors import CheckpointError, DiffpipeError
 from diffpipe.export.files import cast, write_safetensors
 from diffpipe.export.run import export_tensors, export_weights, write_component
 from diffpipe.models.weights import open_files, open_folder
@@ -104,6 +105,27 @@ def test_diffpipe_trains_on_from_its_own_single_file(make_config: MakeConfig, fa
     again = config.model_copy(update={"model": config.model.model_copy(update={"files": {model_of(config).component: path}})})
     weights = model_of(again).weights()
     assert all(torch.equal(weights.read(n), t) for n, t in whole.items())
+
+
+def test_diffpipe_trains_on_from_an_original_release_in_several_files(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("wan")
+    whole = trained(config).state_dict()
+    (path,) = export(config, whole, tmp_path, "comfyui")
+    release = tmp_path / "Wan2.1"
+    release.mkdir()
+    (release / "config.json").write_text('{"_class_name": "WanModel"}')
+    original = sorted(load_file(path).items())
+    files = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": dict(original[i::2]) for i in range(2)}
+    for name, tensors in files.items():
+        save_file(tensors, release / name)
+    index = {"weight_map": {n: name for name, tensors in files.items() for n in tensors}}
+    (release / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    again = config.model_copy(update={"model": config.model.model_copy(update={"files": {"transformer": release}})})
+    weights = model_of(again).weights()
+    assert all(torch.equal(weights.read(n), t) for n, t in whole.items())
+    (release / next(iter(files))).unlink()
+    with pytest.raises(CheckpointError, match="lacks diffusion_pytorch_model-00001"):
+        model_of(again).weights()
 
 
 def test_a_file_is_what_safetensors_itself_would_hold(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ MODEL = [
     model("cosmos", "text_encoder_path = 't5.safetensors'", CARRIED, {"model.files.text_encoder": "t5.safetensors"}),
     model("lumina_2", "llm_path = 'gemma.safetensors'", CARRIED, {"model.files.text_encoder": "gemma.safetensors"}),
     model("wan", "ckpt_path = 'Wan2.1-T2V-1.3B'", CHANGED, {"model.files.tokenizer": "Wan2.1-T2V-1.3B/google/umt5-xxl"}),
-    model("wan", "ckpt_path = 'Wan2.1-T2V-14B'", LEFT, {"model.files.vae": "Wan2.1-T2V-14B/Wan2.1_VAE.pth"}),
+    model("wan", "ckpt_path = 'Wan2.1-T2V-14B'", CHANGED, {"model.files.transformer": "Wan2.1-T2V-14B"}),
     model("wan", "type = 'wan'", CHANGED, {"model.family": "wan-i2v"}, more="ckpt_path = 'Wan2.1-I2V-14B-480P'"),
     model("chroma", "diffusers_path = 'FLUX'", CHANGED, {"model.files.text_encoder": "FLUX/text_encoder_2"}),
     *left(
