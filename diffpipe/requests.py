@@ -84,7 +84,8 @@ class Signals:
         if threading.current_thread() is threading.main_thread():  # no other may set handlers
             self._reader, self._writer = socket.socketpair()
             self._writer.setblocking(False)
-            self._before = {each: signal.signal(each, _heard) for each in SIGNALS}
+            heeded = [s for s in SIGNALS if s.name != "SIGHUP" or signal.getsignal(s) is not signal.SIG_IGN]  # as nohup has it
+            self._before = {each: signal.signal(each, _heard) for each in heeded}
             self._fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
             threading.Thread(target=self._listen, name="signals", daemon=True).start()
         return self

@@ -56,7 +56,7 @@ def losses(text: str) -> list[float]:
 def test_a_signal_ends_the_run_behind_its_step_with_a_checkpoint_and_code_75(cache: Path, tmp_path: Path) -> None:
     running = Running(arguments(tmp_path, cache, **{"run.steps": 2000, "checkpoint.every_steps": "null", "data.workers": 1}))
     running.until("^step 3/")
-    for each in (signal.SIGUSR1, signal.SIGTERM):  # as schedulers do: first ahead of time, then when it is up, to all processes
+    for each in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):  # of a connection; of schedulers, ahead of time and when it is up
         for process in (*running.children(), running.process):
             process.send_signal(each)
     assert running.end() == 75

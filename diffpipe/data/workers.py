@@ -13,8 +13,9 @@ from typing import Any
 
 from diffpipe.errors import DiffpipeError, causes
 
-# A terminal's Ctrl-C, a system that shuts down, and what schedulers send ahead of taking a machine away; Windows lacks the last.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+# A terminal's Ctrl-C, a system that shuts down, a connection that is lost, and what schedulers send ahead of taking a machine away;
+# Windows lacks the last two.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 def worker_context() -> Any:

@@ -24,6 +24,7 @@ def _row(family: type[DiffusionModel]) -> Row:
     single = family.originals is not None
     adapters = [ADAPTERS[kind] for kind in get_args(AdapterConfig.model_fields["kind"].annotation)]
     formats = get_args(ExportFormat) if single else ("diffusers",)
+    names = "original (ComfyUI's) or diffusers' names" if single else "diffusers' names"
     return {
         "model.family": family.name,
         "released models": family.title,
@@ -34,7 +35,7 @@ def _row(family: type[DiffusionModel]) -> Row:
         "trains": "denoiser, text encoders" if "model.train_text_encoders" in family.options else "denoiser",
         "previews": f"{family.guided} guidance" if family.guided else "not yet",
         "trained as": ", ".join([*adapters, "all weights"]),
-        "read": "diffusers folders; single files under " + ("original (ComfyUI's) or diffusers' names" if single else "diffusers' names"),
+        "read": f"diffusers folders; files under {names}, one or several with their index",
         "types read": "float32, bfloat16, float16, fp8 (plain or scaled, trained on as it is with `memory.quantize: fp8`)",
         "written": ", ".join(f"{name} (adapters)" if name == "kohya" else name for name in formats),
     }
