@@ -33,7 +33,7 @@ def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str
     Raises:
         ConfigError: when the run is not there, or a value cannot be.
     """
-    raw = load_config(config_file(run), overrides).model_dump(mode="json")
+    raw = load_config(config_file(run), overrides).begun().model_dump(mode="json")
     raw["preview"] |= {**({"prompts": list(prompts)} if prompts else {}), **changes}
     if not raw["preview"]["prompts"]:
         raise ConfigError("nothing says what to sample", where="--prompt", fix="name a prompt; the run has no preview.prompts")

@@ -90,6 +90,7 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
     """``train`` by processes that have met; toys are made already."""
     mesh.decide(lambda: check_wandb(config.metrics.wandb))
     run = open_run(config, resume, mesh)
+    config = config.begun() if run.resumed is not None else config
     sinks = open_sinks(run, config, mesh, make_sinks)
     startup.lap("run folder")
     try:

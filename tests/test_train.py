@@ -116,6 +116,16 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
     assert "nothing is left to train behind step 4: raise run.steps or run.epochs" in again.stdout
 
 
+def test_a_run_goes_on_without_the_file_that_its_adapter_began_with(command: Command, tmp_path: Path) -> None:
+    lora = {"mesh.stages": 1, "run.steps": 1, "adapter": "{rank: 2}", "eval.sets": "[]"}
+    command(*arguments(tmp_path / "first", **lora))
+    file = next((tmp_path / "first").glob("*/exports/*/*.safetensors"))
+    more = {**lora, "adapter": f"{{rank: 2, init: {file}}}"}
+    command(*arguments(tmp_path / "second", **more))
+    file.unlink()
+    assert "step 2/2" in command(*arguments(tmp_path / "second", **{**more, "run.steps": 2}), "--resume", "").stdout
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

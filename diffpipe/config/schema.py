@@ -688,6 +688,12 @@ class Config(Section):
     memory: MemoryConfig = Field(default_factory=MemoryConfig, description="Memory against time.")
     metrics: MetricsConfig = Field(default_factory=MetricsConfig, description="What is recorded.")
 
+    def begun(self) -> Config:
+        """This config for weights that a checkpoint holds, where the file that the adapter began with is no more needed."""
+        if self.adapter is None:
+            return self
+        return self.model_copy(update={"adapter": self.adapter.model_copy(update={"init": None})})
+
     @property
     def steps_in_backward(self) -> bool:
         """Whether blocks are stepped in the backward pass: because weights that train stream, or all are to be released."""
