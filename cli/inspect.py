@@ -51,9 +51,9 @@ def show(survey: Survey, console) -> None:
     console.print(table)
     for line in survey.caption_lines():
         console.print(f"  {line}", markup=False, highlight=False)
-    if survey.captionless:
-        some = ", ".join(survey.captionless[:3])
-        console.print(f"  no caption: {len(survey.captionless)} files, such as {some}", markup=False, highlight=False)
+    for what, names in (("caption", survey.captionless), ("mask", survey.maskless)):
+        if names:
+            console.print(f"  no {what}: {len(names)} files, such as {', '.join(names[:3])}", markup=False, highlight=False)
     for dropped in (d for d in survey.dropped if d.fault):
         console.print(f"  left out: {dropped.file}: {dropped.reason}", markup=False, highlight=False, soft_wrap=True)
     for reason, count in Counter(d.reason for d in survey.dropped if not d.fault).items():

@@ -38,6 +38,8 @@ class Report:
         encoded, reused: entries of media, masks and captions made now, and found in the cache.
         dropped: files left out, each with its reason.
         captionless: files that train without a caption.
+        maskless: files that train as a whole although their folder has masks.
+        frames: counts of data.frames that the model does not take, with those it takes instead.
         damaged: cache shards that could not be read; what they held was made again.
     """
 
@@ -47,6 +49,8 @@ class Report:
     reused: int = 0
     dropped: list[Dropped] = field(default_factory=list)
     captionless: list[File] = field(default_factory=list)
+    maskless: list[File] = field(default_factory=list)
+    frames: dict[int, int] = field(default_factory=dict)
     damaged: list[Path] = field(default_factory=list)
     buckets: dict[Bucket, int] = field(default_factory=dict)
 
@@ -61,6 +65,9 @@ class Report:
             f"{self.encoded} entries encoded, {self.reused} found in the cache"
         ]
         text += [f"  bucket {bucket}: samples {count}" for bucket, count in sorted(self.buckets.items())]
+        text += [
+            f"data.frames: {wanted} is {taken} here, the next count below it that the model takes" for wanted, taken in self.frames.items()
+        ]
         text += [f"left out: {d.file}: {d.reason}" for d in self.faults]
         others = Counter(
             f"{d.reason} ({d.file.suffix or 'no suffix'})" if d.reason == NOT_MEDIA else d.reason for d in self.dropped if not d.fault
@@ -69,6 +76,9 @@ class Report:
         if self.captionless:
             some = ", ".join(f.name for f in self.captionless[:3])
             text.append(f"warning: {len(self.captionless)} files have no caption and train with an empty one, such as {some}")
+        if self.maskless:
+            some = ", ".join(f.name for f in self.maskless[:3])
+            text.append(f"warning: {len(self.maskless)} files have no mask and train as a whole, such as {some}")
         text += [f"damaged cache shard, not used: {path}" for path in self.damaged]
         return text
 
@@ -121,6 +131,8 @@ def prepare_data(
         reused=len(held - missing),
         dropped=found.dropped + misplaced + [spoiled[f] for f in sorted(spoiled)],
         captionless=found.captionless,
+        maskless=found.maskless,
+        frames={n: taken for f in folders for n in config.data.of(f).frames if (taken := model.geometry.frames(n)) != n},
         damaged=cache.damaged,
         buckets=dict(Counter(e.bucket for e in kept)),
     )

@@ -56,7 +56,7 @@ class Survey:
         trains: whether it is the set that is trained on.
         buckets: with what an epoch does with them, where it is.
         words: of each sample's first caption.
-        captionless: names of files without a caption.
+        captionless, maskless: names of files without a caption, and without the mask that others of their folder have.
         fps: rate that clips are taken at, None where the family takes none.
     """
 
@@ -67,6 +67,7 @@ class Survey:
     buckets: list[BucketRow]
     dropped: list[Dropped]
     captionless: list[str]
+    maskless: list[str]
     words: list[int]
 
     @property
@@ -105,6 +106,7 @@ def _survey(name: str, folders: list[FolderBase], config: Config, model: Diffusi
         buckets=_epoch(samples, config) if name == TRAIN else [BucketRow(b, len(held)) for b, held in _by_bucket(samples)],
         dropped=found.dropped + misplaced,
         captionless=[f.name for f in found.captionless],
+        maskless=[f.name for f in found.maskless],
         words=[len(s.captions[0].split()) for s in samples],
     )
 

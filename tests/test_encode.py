@@ -170,8 +170,9 @@ def test_all_faults_are_told_at_once_after_everything_was_tried(tmp_path: Path, 
 
 def test_skip_leaves_faulty_files_out_and_counts_them(tmp_path: Path, media: Path) -> None:
     spoil(media)
-    samples, report = prepare(config_of(media, tmp_path / "out", frames=[1, 81], on_error="skip"), Pool())
+    samples, report = prepare(config_of(media, tmp_path / "out", frames=[1, 84], on_error="skip"), Pool())
     assert [e.file.name for e in samples.entries] == ["a.png"]
+    assert "data.frames: 84 is 81 here" in "\n".join(report.lines())
     assert len(report.faults) == 5 and report.files == 1
     lines = "\n".join(report.lines())
     assert "left out" in lines and "e.mp4" in lines and "1 x not media (.md)" in lines

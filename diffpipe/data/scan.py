@@ -69,11 +69,13 @@ class Found:
 
     Attributes:
         captionless: files that train without a caption, for they have none.
+        maskless: files that train as a whole, for their folder's masks have none for them.
     """
 
     clips: list[Clip] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     captionless: list[File] = field(default_factory=list)
+    maskless: list[File] = field(default_factory=list)
 
 
 class Remembered:
@@ -173,6 +175,8 @@ def scan(
         found.clips.append(one)
         if any(not span.texts for span in one.spans):
             found.captionless.append(one.file)
+        if one.mask is None and folders[one.folder].masks is not None:
+            found.maskless.append(one.file)
     return found
 
 

@@ -259,6 +259,7 @@ def test_masks_go_with_the_pictures_of_their_stems(tmp_path: Path) -> None:
     draw_image(tmp_path / "masks" / "a.png", caption=None)
     found = look(tmp_path / "data", settings={"masks": str(tmp_path / "masks")})
     assert [c.mask[0].name if c.mask else None for c in found.clips] == ["a.png", None]
+    assert [f.name for f in found.maskless] == [found.clips[1].file.name]
     with pytest.raises(ConfigError, match="folder of masks"):
         look(tmp_path / "data", settings={"masks": str(tmp_path / "nowhere")})
 
