@@ -19,6 +19,8 @@ def init_command(output: Path, given: Mapping[str, Any], usual: bool) -> None:
     quiet_libraries()
     if output.exists():
         raise ConfigError("is there already", where=str(output), fix="name another file, or delete it")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError("its folder is not there", where=str(output), fix="make it, or name another file")
     from diffpipe.durable import write_durably
     from diffpipe.starter import launcher, start
 
@@ -75,7 +77,7 @@ def ask(questions: Questions):
     videos = family.geometry.fps is not None
     return Answers(
         family=name,
-        model=questions.ask("model", "Folder or file of the model, or hf:OWNER/NAME@REVISION (empty: not here yet)", "", _text),
+        model=questions.ask("model", "Folder or file of the model, or hf:OWNER/NAME@REVISION (empty: not here yet)", "", _place),
         data=questions.ask("data", f"Folder of {'videos and ' if videos else ''}pictures", "data", str),
         controls=questions.ask("controls", "Folder of control pictures", "controls", str) if family.takes_controls else None,
         gigabytes=questions.ask("card", "Memory of the card in GB", _here(), _number("card", float)),
@@ -86,8 +88,14 @@ def ask(questions: Questions):
     )
 
 
-def _text(given: str) -> str | None:
-    return given.strip() or None
+def _place(given: str) -> str | None:
+    from diffpipe.models.blueprint import HUB
+    from diffpipe.toy import SCHEME
+
+    place = given.strip()
+    if place and not place.startswith((HUB, SCHEME)) and not Path(place).expanduser().exists():
+        raise ConfigError(f"{place}: no such file or folder", where="--model", expected="one that is here, or hf:OWNER/NAME@REVISION")
+    return place or None
 
 
 def _full(given: str) -> bool:

@@ -84,7 +84,7 @@ def test_without_a_person_it_says_which_option_would_answer(tmp_path: Path) -> N
         (("--card", "0.5"), "--card"),
         (("--train", "some"), "lora or full"),
         (("--family", "wan", "--frames", "1,x"), "--frames: 'x'"),
-        (("--model", "nothing/here"), "nothing/here: no such folder"),
+        (("--model", "nothing/here"), "--model: nothing/here: no such file"),
     ],
 )
 def test_a_wrong_answer_is_a_clear_error(command: Command, tmp_path: Path, options: tuple[str, ...], told: str) -> None:
