@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffpipe.config.schema import Config, MeshConfig
 from diffpipe.models import MODELS, make_model, model_class
@@ -81,8 +82,9 @@ class Collectives(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func._opname not in ("send", "recv_") and args[0][0].is_floating_point():
-            self.names.append(func._opname)
+        if func.namespace == "c10d" and func._opname not in ("send", "recv_"):
+            floats = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in tree_leaves(args))
+            self.names += [func._opname] if floats else []
         return func(*args, **(kwargs or {}))
 
 
