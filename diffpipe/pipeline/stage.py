@@ -37,29 +37,28 @@ class StepInputs:
 
 
 class _Arriving(torch.autograd.Function):
-    """Identity on what came over a border. Its gradient goes back in memory of its own.
+    """Identity on what came over a border. Gradients go back in memory of their own, zeros for what was not used: torch 2.11 sends all.
 
     Autograd may let a weight's ``.grad`` keep the very memory of a gradient that flows on, where an operation gives both the same (a
     table added to a modulation, at one sample); the next microbatch's gradient is added there while this one is still being sent.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(ctx: Any, *payload: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in payload)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clone(memory_format=torch.contiguous_format)  # gloo refuses to send anything else
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(grad.clone(memory_format=torch.contiguous_format) for grad in grads)  # gloo refuses to send anything else
 
 
 class _Leaving(torch.autograd.Function):
-    """Identity on what goes over a border: contiguous, since gloo refuses to send anything else, and no view, since the halves of a
-    backward pass (zero-bubble) detach it in place."""
+    """Identity on what goes over a border, in memory as ``_packed`` has it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, on_backward: Callable[[], None]) -> Tensor:
         ctx.on_backward = on_backward
-        return x.contiguous().detach()
+        return _packed(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -95,7 +94,9 @@ class Stage(nn.Module):
         inputs, targets = self.inputs.microbatches[number]
         unused = self.inputs.unused[number]
         backward_begins = partial(self._backward_begins, number)
-        arrived = tuple(_Arriving.apply(t) if t.requires_grad else t for t in payload)
+        trains = [t for t in payload if t.requires_grad]
+        fresh = iter(_Arriving.apply(*trains) if trains else ())
+        arrived = tuple(next(fresh) if t.requires_grad else t for t in payload)
         arrived = tuple(_shortened(t, dim, unused) for t, dim in zip(arrived, self.inputs.arriving, strict=True))
         try:
             with self.precision():
@@ -112,7 +113,7 @@ class Stage(nn.Module):
         if self.part.last:
             return self._share(sent, targets, number, backward_begins)
         sent = tuple(_lengthened(t, dim, unused) for t, dim in zip(sent, self.inputs.leaving, strict=True))
-        return tuple(_Leaving.apply(t, backward_begins) if t.requires_grad else t.contiguous().detach() for t in sent)
+        return tuple(_Leaving.apply(t, backward_begins) if t.requires_grad else _packed(t) for t in sent)
 
     def _share(self, outputs: tuple[Tensor, ...], targets: Targets, microbatch: int, backward_begins: Callable[[], None]) -> Tensor:
         by_sample = outputs[0].new_zeros(len(outputs[0]), dtype=torch.float32)
@@ -125,6 +126,12 @@ class Stage(nn.Module):
     def _backward_begins(self, number: int) -> None:
         if number == len(self.inputs.microbatches) - 1:
             self.on_last_backward()
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The tensor for a border: contiguous, since gloo refuses to send anything else; with a new tensor's strides also where a dim is 1
+    long, since torch 2.11 compares them; and no view, since the halves of a backward pass (zero-bubble) detach it in place."""
+    return tensor.contiguous().view(-1).view(tensor.shape).detach()
 
 
 def _shortened(tensor: Tensor, dim: int | None, unused: int) -> Tensor:
