@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
@@ -17,7 +16,7 @@ from torch import Tensor
 from diffpipe.errors import CheckpointError, DiffpipeError
 from diffpipe.models.adapters import MAGNITUDE
 from diffpipe.models.names import lora_to_diffusers, lora_to_original, rows_of
-from diffpipe.models.weights import lazily, open_file, read_metadata, realise
+from diffpipe.models.weights import lazily, open_file, parse_json, read_json, read_metadata, realise
 
 if TYPE_CHECKING:
     from diffpipe.models.base import DiffusionModel
@@ -229,12 +228,12 @@ def _scaled(tensors: dict[str, Tensor], name: str, file: Path, settings: Setting
 def _peft_settings(file: Path) -> Settings:
     """What peft was told of an adapter, by component: from diffusers' header, or ("") from what peft saves beside its own file."""
     told: dict[str, dict[str, Any]] = defaultdict(dict)
-    for key, value in json.loads(read_metadata(file).get("lora_adapter_metadata", "{}")).items():
+    for key, value in parse_json(read_metadata(file).get("lora_adapter_metadata", "{}"), str(file)).items():
         component, _, setting = key.partition(".")
         told[component][setting] = value
     beside = file.with_name("adapter_config.json")
     if not told and file.stem == "adapter_model" and beside.is_file():
-        told[""] = json.loads(beside.read_text(encoding="utf-8"))
+        told[""] = read_json(beside)
     return told
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffpipe.config.schema import ModelConfig
 from diffpipe.errors import CheckpointError, ConfigError
-from diffpipe.models.weights import file_in
+from diffpipe.models.weights import file_in, read_json
 
 CONFIGS = Path(__file__).with_name("configs")
 HUB = "hf:"
@@ -123,7 +123,7 @@ def _in_folder(folder: Path, component: str, kind: str) -> Iterator[tuple[str, C
             expected=f"a model in the diffusers folder format (model_index.json, {component}/, vae/, text_encoder/ ...)",
             fix="download the model's diffusers repository and name its folder; single files go to model.files",
         )
-    entries = json.loads(index.read_text(encoding="utf-8"))
+    entries = read_json(index)
     found = _config_in(folder / component).get("_class_name")
     if found != kind:
         raise CheckpointError(
@@ -140,7 +140,7 @@ def _in_folder(folder: Path, component: str, kind: str) -> Iterator[tuple[str, C
 def _config_in(folder: Path) -> dict[str, Any]:
     """What a component's folder says that it is made from."""
     config = folder / "config.json"
-    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return read_json(config) if config.is_file() else {}
 
 
 def _download(config: ModelConfig) -> Path:

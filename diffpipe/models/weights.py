@@ -285,13 +285,10 @@ def file_in(folder: Path) -> Path | None:
 
 def _indexed(index: Path) -> list[Path]:
     """The files that an index lists, beside it."""
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise CheckpointError(
-            "is no index of weights", where=str(index), expected="JSON with a weight_map", fix="download it again"
-        ) from fault
-    return _present([index.parent / name for name in names])
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError("is no index of weights", where=str(index), expected="JSON with a weight_map", fix="download it again")
+    return _present([index.parent / name for name in sorted(set(listed.values()))])
 
 
 def _present(files: list[Path]) -> list[Path]:
@@ -301,6 +298,26 @@ def _present(files: list[Path]) -> list[Path]:
             f"lacks {', '.join(missing[:3])}", where=str(files[0].parent), expected="a component with safetensors weights, all of them"
         )
     return files
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a JSON file beside weights says.
+
+    Raises:
+        CheckpointError: when it is no JSON of keys and values.
+    """
+    return parse_json(file.read_text(encoding="utf-8", errors="replace"), str(file))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """``read_json`` of a text that lies ``where`` is said."""
+    try:
+        held = json.loads(text)
+    except ValueError as fault:
+        raise CheckpointError(f"cannot be read as JSON: {fault}", where=where, fix="download it again") from fault
+    if not isinstance(held, dict):
+        raise CheckpointError(f"holds {type(held).__name__}", where=where, expected="JSON of keys and values", fix="download it again")
+    return held
 
 
 def within(tensors: Mapping[str, Lazy], prefixes: Iterable[str]) -> dict[str, Lazy]:

@@ -91,6 +91,13 @@ def test_a_file_that_is_another_component_is_refused(tmp_path: Path) -> None:
             load_component(small, torch.float32, shipped("flux"))
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_damaged_config_is_told_with_its_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"config\.json: (cannot be read as JSON|holds list)"):
+        _ = make_model(ModelConfig(family="wan", files={"transformer": tmp_path}), ObjectiveConfig()).blueprint
+
+
 def test_an_unknown_component_is_told_with_what_was_meant(toys: Toys, tmp_path: Path) -> None:
     file = tmp_path / "ae.safetensors"
     file.touch()
