@@ -408,7 +408,6 @@ class Trainer:
                 if settings is None:
                     raise
                 self.sinks.warn(f"{fault.found}; repeated with memory {settings.model_dump(mode='json', exclude_defaults=True)}")
-            # The fault is gone, and with it what its frames held.
             self.optimizer.zero_grad(set_to_none=True)
             self.pipeline.change_memory(settings)
             torch.cuda.empty_cache()

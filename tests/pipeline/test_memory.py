@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from diffpipe.config.schema import Config, MemoryConfig
-from diffpipe.errors import ConfigError
+from diffpipe.errors import ConfigError, ShortageError
 from diffpipe.models import MODELS, make_model
+from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.arena import START, Load, Place, Share, Use, make_plan, smallest_room
 from diffpipe.pipeline.memory.compiling import graphs
-from diffpipe.pipeline.mesh import open_mesh
-from diffpipe.pipeline.schedule import Pipeline
+from diffpipe.pipeline.memory.shortage import explained
+from diffpipe.pipeline.mesh import Mesh, open_mesh
+from diffpipe.pipeline.schedule import Microbatches, Pipeline
 from tests.families import drawn, frames_of, microbatch
 
 Toys = Callable[[str], Path]
@@ -50,24 +55,37 @@ def config_of(family: str, checkpoint: Path, adapter: dict[str, Any] | None, mem
     return Config.model_validate(raw)
 
 
-def steps_of(config: Config, count: int = 2, rounds: int = 3) -> list[tuple[float, dict[str, Tensor], float]]:
-    """Loss, gradients and evaluation loss of some steps: the second and third go by what the first did."""
+Step = tuple[float, dict[str, Tensor], float]
+
+
+def built(config: Config, model: DiffusionModel, mesh: Mesh) -> Pipeline:
+    """A pipeline whose adapters do something."""
+    pipeline = build(config, model, mesh)
+    with torch.no_grad():
+        for name, p in pipeline.module.named_parameters():
+            if p.requires_grad and config.adapter is not None:
+                p.copy_(drawn(name, p.shape))
+    return pipeline
+
+
+def batch_of(model: DiffusionModel, number: int, count: int = 2) -> Microbatches:
+    return [microbatch(model, seed=10 * number + j, count=1, frames=frames_of(model)) for j in range(count)]
+
+
+def step_of(pipeline: Pipeline, batch: Microbatches) -> Step:
+    """Loss, gradients and evaluation loss of a step."""
+    loss = pipeline.train(batch).item()
+    gradients = {n: p.grad.clone() for n, p in pipeline.module.named_parameters() if p.grad is not None}
+    pipeline.module.zero_grad()
+    return loss, gradients, pipeline.evaluate(batch[:1]).item()
+
+
+def steps_of(config: Config, count: int = 2, rounds: int = 3) -> list[Step]:
+    """Some steps: the second and third go by what the first did."""
     model = make_model(config.model, config.objective)
     with open_mesh(config.mesh) as mesh:
-        pipeline = build(config, model, mesh)
-        part = pipeline.module
-        with torch.no_grad():
-            for name, p in part.named_parameters():
-                if p.requires_grad and config.adapter is not None:
-                    p.copy_(drawn(name, p.shape))
-        results = []
-        for i in range(rounds):
-            batch = [microbatch(model, seed=10 * i + j, count=1, frames=frames_of(model)) for j in range(count)]
-            loss = pipeline.train(batch).item()
-            gradients = {n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None}
-            part.zero_grad()
-            results.append((loss, gradients, pipeline.evaluate(batch[:1]).item()))
-    return results
+        pipeline = built(config, model, mesh)
+        return [step_of(pipeline, batch_of(model, i, count)) for i in range(rounds)]
 
 
 def same(got: list, expected: list) -> None:
@@ -149,21 +167,43 @@ def test_a_run_goes_on_by_other_settings_with_the_same_numbers(toys: Toys, plain
     model = make_model(config.model, config.objective)
     results = []
     with open_mesh(config.mesh) as mesh:
-        pipeline = build(config, model, mesh)
-        part = pipeline.module
-        with torch.no_grad():
-            for name, p in part.named_parameters():
-                if p.requires_grad:
-                    p.copy_(drawn(name, p.shape))
+        pipeline = built(config, model, mesh)
         for i, memory in enumerate(({"swap": 3}, {"swap": "all", "offload": True, "offload_threshold": 0.001}, {"recompute": "none"})):
             if i:
                 pipeline.change_memory(MemoryConfig.model_validate(memory))
-            batch = [microbatch(model, seed=10 * i + j, count=1, frames=frames_of(model)) for j in range(2)]
-            loss = pipeline.train(batch).item()
-            gradients = {n: p.grad.clone() for n, p in part.named_parameters() if p.grad is not None}
-            part.zero_grad()
-            results.append((loss, gradients, pipeline.evaluate(batch[:1]).item()))
+            results.append(step_of(pipeline, batch_of(model, i)))
     same(results, plain("flux"))
+
+
+@pytest.mark.parametrize("policy", ["selective", "everything"])
+def test_a_step_for_which_there_is_no_memory_leaves_nothing_behind(toys: Toys, plain: Callable[[str], list], policy: str) -> None:
+    config = config_of("flux", toys("flux"), {"rank": 4}, POLICIES[policy])
+    model = make_model(config.model, config.objective)
+    made: list[weakref.ref[Tensor]] = []
+
+    def fall_short(module: nn.Module, given: object, out: tuple[Tensor, Tensor]) -> None:
+        made.append(weakref.ref(out[0]))
+        if len(made) == 5:
+            raise torch.OutOfMemoryError("Tried to allocate 2.50 GiB")
+
+    with open_mesh(config.mesh) as mesh:
+        pipeline = built(config, model, mesh)
+        hooks = [b.attn.register_forward_hook(fall_short) for n, b in pipeline.module.named_modules() if hasattr(b, "attn")]
+        gc.disable()
+        try:
+            with explained("a step", mesh.device, ()):
+                pipeline.train(batch_of(model, 0))
+        except ShortageError:
+            pipeline.module.zero_grad()
+        for hook in hooks:
+            hook.remove()
+        try:
+            pipeline.change_memory(MemoryConfig.model_validate(POLICIES["swap-all"]))
+        finally:
+            gc.enable()
+        assert len(made) == 5 and not any(m() is not None for m in made)
+        assert not _get_current_dispatch_mode_stack()
+        same([step_of(pipeline, batch_of(model, i)) for i in range(3)], plain("flux"))
 
 
 def test_more_blocks_than_there_are_is_an_error(toys: Toys) -> None:
@@ -171,7 +211,7 @@ def test_more_blocks_than_there_are_is_an_error(toys: Toys) -> None:
         steps_of(config_of("wan", toys("wan"), {"rank": 4}, {"swap": 99}))
 
 
-def pipeline_of(config: Config, mesh: Any) -> Pipeline:
+def pipeline_of(config: Config, mesh: Mesh) -> Pipeline:
     return build(config, make_model(config.model, config.objective), mesh)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -61,8 +62,9 @@ class MemoryLayer:
         return order_of(self.config)
 
     def change(self, config: MemoryConfig) -> None:
-        """Go on by another section, with the weights as they are; nothing of a step may be left but its copies, which are waited for:
-        they go from and to memory that others take now."""
+        """Go on by another section, with the weights as they are, after a step that did not end: its copies are waited for, which go from
+        and to memory that others take now, and what frames of its fault held of it goes, for they may hold each other."""
+        gc.collect()
         self.streams.synchronize(self.device)
         for home in self.homes.values():
             home.bind(home.views(home.flat))

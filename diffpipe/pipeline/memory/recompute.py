@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,7 +30,7 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     Args:
         policy: "block" keeps only what goes in; "selective" keeps the results of long attention too.
     """
-    contexts: Any = partial(create_selective_checkpoint_contexts, _policy) if policy == "selective" else None
+    contexts: Any = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if policy == "selective" else {}
 
     def recomputed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -41,9 +42,12 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
             args, kwargs = tree_unflatten(list(given), tree)
             return forward(*args, **kwargs)
 
-        if contexts is None:
-            return checkpoint(again, *leaves, use_reentrant=False)
-        return checkpoint(again, *leaves, use_reentrant=False, context_fn=contexts)
+        try:
+            return checkpoint(again, *leaves, use_reentrant=False, **contexts)
+        except BaseException as fault:
+            # What checkpoint turned on is turned off when its frame goes, which the fault would hold: behind what was turned on before it.
+            traceback.clear_frames(fault.__traceback__)
+            raise
 
     return recomputed
 
