@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
 
 from diffpipe.pipeline.cut import Fakes
 from diffpipe.pipeline.memory.footprint import Call, Footprint
+from diffpipe.pipeline.memory.fusion import Kernel, fuses, kernels_of, reduces
 from diffpipe.pipeline.memory.graphs import Joint, first_pass, halves, trace
 from diffpipe.pipeline.memory.ledger import Work, rounded, scratch, work_of
 from diffpipe.pipeline.memory.tags import WRITTEN, Buffer, root, tensors
@@ -53,28 +52,15 @@ class Compiled:
         return Footprint(0, (), 0, 0, forward, 0, 0, ahead=kernels.work(), back=Work())
 
 
-def _fuses(node: fx.Node) -> bool:
-    """Whether inductor makes it a part of a kernel of its own, rather than calling a library's."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims"):
-        return False
-    return target._overloadpacket not in flop_registry and (len(tensors(node)) == 1 or target is torch.ops.aten.var_mean.correction)
-
-
-def _reduces(node: fx.Node) -> bool:
-    given = max((t.numel() for n in node.all_input_nodes for t in tensors(n) if t is not None), default=0)
-    made = tensors(node)[0]
-    return made is not None and made.numel() * 2 <= given
-
-
 class _Kernels:
     """A graph as kernels: which results are written to memory, from what, and when the last one reads them.
 
-    What only pointwise operations and reductions read is computed within them and never written.
+    What only pointwise operations and reductions read, and few of them, is computed within them and never written.
 
     Attributes:
-        order: nodes that are kernels, or begin one.
-        reads: the buffers that each reads.
+        order: nodes whose results are written.
+        reads: the buffers that each node reads.
+        kernels: those nodes as inductor puts them together.
         results: the buffers of the graph's outputs, None where an output is no tensor.
     """
 
@@ -97,14 +83,15 @@ class _Kernels:
                 reads |= {buffer} if buffer[0] in written else self.reads.get(buffer[0], set())
             mine = users.get(node, [])
             if (
-                not _fuses(node)
-                or _reduces(node)
+                not fuses(node)
+                or reduces(node)
                 or WRITTEN in node.meta
-                or any(u.op == "output" or not _fuses(u) for u in mine)
+                or any(u.op == "output" or not fuses(u) for u in mine)
                 or (len(mine) > 1 and len(reads) > INLINE)
             ):
                 written.add(node)
                 self.order.append(node)
+        self.kernels = kernels_of(self.order, self.reads, self.size)
 
     @staticmethod
     def _users(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
@@ -130,33 +117,52 @@ class _Kernels:
         """
         staying = {b for b in self.results if b is not None}
         last: dict[Buffer, int] = {b: -1 for b in freed if b not in staying}
-        for i, node in enumerate(self.order):
-            for buffer in self.reads[node]:
+        for i, kernel in enumerate(self.kernels):
+            for buffer in kernel.reads:
                 if buffer not in staying and (buffer in last or buffer[0] in self.reads):
                     last[buffer] = i
         going: dict[int, list[Buffer]] = {}
         for buffer, i in last.items():
             going.setdefault(i, []).append(buffer)
         live = peak = -sum(self.size(b) for b in going.get(-1, ()))
-        for i, node in enumerate(self.order):
-            made = [(node, k) for k in range(len(tensors(node)))]
-            free = sum(self.size(b) for b in going.get(i, ()))
-            size = sum(self.size(b) for b in made)
-            if _fuses(node):  # may write over what it reads last
-                live -= free
-                peak = max(peak, live + size)
+        for i, kernel in enumerate(self.kernels):
+            made = {(n, k) for n in kernel.members for k in range(len(tensors(n)))}
+            lasting = {b for b in made if b in last or b in staying}
+            free, size = going.get(i, []), sum(self.size(b) for b in lasting)
+            if kernel.points:
+                inside = sum(self.size((n, 0)) for n in kernel.reread(self.reads) if (n, 0) not in lasting)
+                inside -= self._over(kernel, lasting, free)
             else:
-                inside = rounded(scratch(node.target, self._values(node.args)))
-                peak = max(peak, live + size + inside)
-                live -= free
-            live += size - sum(self.size(b) for b in made if b not in last and b not in staying)
+                inside = sum(self.size(b) for b in made - lasting)
+                inside += rounded(scratch(kernel.members[0].target, self._values(kernel.members[0].args)))
+            peak = max(peak, live + size + inside)
+            live += size - sum(self.size(b) for b in free)
         return peak
+
+    def _over(self, kernel: Kernel, lasting: set[Buffer], free: list[Buffer]) -> int:
+        """Bytes of a kernel's results that are written over what it reads last: each over one of its size that it is computed from value
+        by value, at once where the kernel has reductions."""
+        given, whole = list(free), 0
+        for node in kernel.members:
+            if (node, 0) not in lasting:
+                continue
+            under, open_ = set(self.reads[node]), list(self.reads[node])
+            while open_ and not kernel.rows:
+                other = open_.pop()[0]
+                if other in kernel.members and (other, 0) not in lasting:
+                    open_ += self.reads[other] - under
+                    under |= self.reads[other]
+            place = next((b for b in given if b in under and self.size(b) == self.size((node, 0))), None)
+            if place is not None:
+                given.remove(place)
+                whole += self.size(place)
+        return whole
 
     def work(self) -> Work:
         """What its kernels compute and move; the host queues them all at once."""
         whole = Work()
         for node in self.order:
-            if _fuses(node):
+            if fuses(node):
                 moved = sum(self.size(b) for b in self.reads[node]) + self.size((node, 0))
                 whole += Work(traffic=moved)
             else:

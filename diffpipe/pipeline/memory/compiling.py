@@ -27,7 +27,7 @@ def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """
     torch._dynamo.config.recompile_limit = MOST
     torch._dynamo.config.accumulated_recompile_limit = MOST
-    inner = torch.compile(forward, dynamic=False, options={} if policy == "none" else {"custom_partitioner_fn": Cut(policy)})
+    inner = torch.compile(forward, dynamic=False, options={"custom_partitioner_fn": Cut(policy)})
 
     def called(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda x: _dense(x) if isinstance(x, Tensor) else x, (args, kwargs))

@@ -53,7 +53,7 @@ def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> 
 
     if policy != "none":
         tag(module.graph, policy)
-        _write_sums(module.graph)
+    _write_sums(module.graph)
     hidden = {_hide(node): target for node in module.graph.nodes if _draws_nothing(node) and (target := node.target)}
     halves = min_cut_rematerialization_partition(module, inputs, **given)
     for half in halves:
