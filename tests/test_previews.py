@@ -149,6 +149,7 @@ def test_tensorboard_has_the_pictures_and_what_was_asked_for(flux: Path) -> None
     assert shown[-1].encoded_image_string == (flux / "previews/step-00000004/01.png").read_bytes()
     about = events.SummaryMetadata("preview/1")
     assert about.summary_description == about.display_name == "a green square"
+    assert about.data_class and about.plugin_data.plugin_name == "images", "without them the heading is not shown"
 
 
 def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command, tmp_path: Path) -> None:
