@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +56,7 @@ def sample_run(
         run: its folder.
         config: of ``config_of``.
         step: which checkpoint; "best" takes the one with the lowest held-out loss, None the newest.
-        output: the folder to write to; None is ``samples/step-N`` in the run.
+        output: the folder to write to; None is ``samples/step-N`` in the run, or ``step-N-2`` and so on where that is taken.
         make_sinks: makes what shows a person how far it is; called on one rank.
         tell: shows why this process is ended, when another is gone.
 
@@ -84,10 +85,17 @@ def sample_run(
             with Watch(mesh, config.mesh.timeout, tell) as watch:
                 halved = forecast.halved if forecast is not None else 0
                 previews = Previews(config.preview, model, pipeline, prompts, sinks, watch, halved)
-                faults = previews.make(int(checkpoint.name.removeprefix("step-")), output or run / "samples" / checkpoint.name)
+                folder = output or mesh.decide(lambda: _unused(run / "samples" / checkpoint.name))
+                faults = previews.make(int(checkpoint.name.removeprefix("step-")), folder)
             mesh.decide(lambda: _complain(faults))
         finally:
             sinks.close()
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first of its name with a number behind it that is not there: earlier samples stay."""
+    names = chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _complain(faults: Sequence[DiffpipeError]) -> None:
