@@ -15,7 +15,7 @@ def convert_command(source: Path, output: Path | None, gpus: int | None) -> None
 
     quiet_libraries()
     from diffpipe.durable import write_durably
-    from diffpipe.errors import ConfigError
+    from diffpipe.errors import ConfigError, typed
     from diffpipe.migration import convert
     from diffpipe.migration.settings import Scale
 
@@ -31,7 +31,7 @@ def convert_command(source: Path, output: Path | None, gpus: int | None) -> None
             raise ConfigError(f"cannot be written: {fault.strerror or fault}", where=str(output), fix="name another file") from fault
     show(made.fates, sys.stderr if output is None else sys.stdout)
     if output is not None:
-        print(f"{output}: see what it takes with `diffpipe plan {output}`")
+        print(f"{output}: see what it takes with `diffpipe plan {typed(output)}`")
 
 
 def show(fates: tuple[Fate, ...], to) -> None:
