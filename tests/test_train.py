@@ -114,6 +114,8 @@ def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_pat
     assert "step 4/4" in resumed.stdout
     again = command(*asked)
     assert "nothing is left to train behind step 4: raise run.steps or run.epochs" in again.stdout
+    other = command(*arguments(tmp_path / "run", **{"mesh.stages": 1, "model.family": "chroma"}), "--resume", "", check=False)
+    assert other.exit_code == 1 and "trains flux, but the config chroma" in other.stderr
 
 
 def test_a_run_goes_on_without_the_file_that_its_adapter_began_with(command: Command, tmp_path: Path) -> None:
