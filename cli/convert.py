@@ -38,6 +38,6 @@ def show(fates: tuple[Fate, ...], to) -> None:
     """Every key once, those that a person should look at last."""
     for outcome in ("carried", "changed", "left out"):
         of = [fate for fate in fates if fate.outcome == outcome]
-        print(f"{'not carried over' if outcome == 'left out' else outcome}: {len(of)} keys", file=to)
+        print(f"{'not carried over' if outcome == 'left out' else outcome}: {len(of)} key{'' if len(of) == 1 else 's'}", file=to)
         for fate in of:
             print(f"  {fate.line()}", file=to)
