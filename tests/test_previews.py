@@ -160,8 +160,8 @@ def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command
     done = command("sample", flux, *asked, "--set", "memory.budget=1MiB")
     assert "memory.swap: 8 (sampling" in done.stdout and "for which memory runs out is left out" in done.stdout + done.stderr
     assert (picture(tmp_path / "streamed/00.png") == picture(flux / "previews/step-00000004/00.png")).all()
-    command("sample", flux, "--prompt", "a square", "--width", "32", "--height", "48", "--steps", "1", "--out", tmp_path / "here")
-    assert picture(tmp_path / "here/00.png").shape == (48, 32, 3)
+    command("sample", flux, "--prompt", "a square", "--width", "32", "--height", "48", "--steps", "1")
+    assert picture(flux / "samples/step-00000004-2/00.png").shape == (48, 32, 3), "the first is kept"
     for wrong, told in (
         (["--prompt", "x", "--checkpoint", "3"], "no checkpoint of step 3"),
         (["--prompt", "x", "--image", "y.png"], "flux has no use for it"),
