@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
@@ -24,7 +25,7 @@ from diffpipe.run import checkpoint_of, config_file
 
 
 def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> Config:
-    """A run's config, for sampling.
+    """A run's config, for sampling; without torchrun its mesh is that of one process, unless overrides say otherwise.
 
     Args:
         run: its folder.
@@ -35,6 +36,8 @@ def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str
         ConfigError: when the run is not there, or a value cannot be.
     """
     raw = load_config(config_file(run), overrides).begun().model_dump(mode="json")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not any(override.startswith("mesh.") for override in overrides):
+        raw["mesh"] = {"timeout": raw["mesh"]["timeout"]}
     raw["preview"] |= {**({"prompts": list(prompts)} if prompts else {}), **changes}
     if not raw["preview"]["prompts"]:
         raise ConfigError("nothing says what to sample", where="--prompt", fix="name a prompt; the run has no preview.prompts")

@@ -25,6 +25,7 @@ from diffpipe.data.videos import read
 from diffpipe.models import make_model
 from diffpipe.models.encoders import halve_tiles
 from diffpipe.models.flux import Flux
+from diffpipe.sample import config_of
 from tests.conftest import Command, World
 from tests.families import CPU, frames_of
 from tests.test_train import PROGRAM, arguments
@@ -170,6 +171,9 @@ def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command
     ):
         failed = command("sample", flux, *wrong, check=False)
         assert failed.exit_code == 1 and told in failed.stderr and "Traceback" not in failed.stderr
+    (tmp_path / "config.yaml").write_text((flux / "config.yaml").read_text().replace("stages: 1", "stages: 2"))
+    meshes = [config_of(tmp_path, given, [], {}).mesh.stages for given in ([], ["mesh.schedule=1f1b"])]
+    assert meshes == [1, 2], "one process samples what two have trained"
 
 
 def test_replicas_that_share_weights_share_out_the_prompts(flux: Path, world: World, tmp_path: Path) -> None:
