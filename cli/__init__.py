@@ -35,7 +35,7 @@ def init(
     frames: Annotated[str | None, typer.Option(metavar="N,N", help="Frame counts of clips.", show_default="asked for")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: take what is usual where no option says.")] = False,
 ) -> None:
-    """Ask a few questions and write a config that fits the card; every question may be answered by an option."""
+    """Ask a few questions and write a config that fits the card. Every question may be answered by an option."""
     from diffpipe.cli.init import init_command
 
     given = {"family": family, "model": model, "data": data, "controls": controls, "card": card, "gpus": gpus, "train": what}
@@ -67,7 +67,7 @@ def plan(
         int | None, typer.Option(metavar="N", min=1, help="Compare all meshes of N devices instead.", show_default="the config's mesh")
     ] = None,
 ) -> None:
-    """Show stages, memory, copies and time of every bucket, and what the planner would choose; needs no GPU."""
+    """Show what a run would hold, copy and take; needs no GPU. By stage and bucket, with what is chosen by itself."""
     from diffpipe.cli.plan import plan_command
 
     run_command(lambda: plan_command(config, overrides, card, devices))
@@ -81,7 +81,7 @@ def cache(
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Encode again what is cached too.")] = False,
     prune: Annotated[bool, typer.Option("--prune", help="Remove afterwards what this config does not use.")] = False,
 ) -> None:
-    """Encode the data of a config and report what was encoded, reused and left out."""
+    """Encode the data of a config, and train nothing. Tells what was encoded, reused and left out."""
     from diffpipe.cli.cache import cache_command
 
     run_command(lambda: cache_command(config, overrides, verify, rebuild, prune))
@@ -96,7 +96,7 @@ def inspect(
     ] = None,
     decode: Annotated[bool, typer.Option("--decode", help="Also encode some samples and show what the VAE gives back.")] = False,
 ) -> None:
-    """Show buckets, steps, captions, dropped files and every crop; trains and caches nothing."""
+    """Show buckets, captions, dropped files and every crop. Trains and caches nothing."""
     from diffpipe.cli.inspect import inspect_command
 
     run_command(lambda: inspect_command(config, overrides, output, decode))
@@ -120,7 +120,7 @@ def export(
         str | None, typer.Option(metavar="PATH", help="FILE: folder or file of its model.", show_default="the released size")
     ] = None,
 ) -> None:
-    """Take trained weights out of a run's checkpoint, or give an adapter file other names."""
+    """Take weights out of a checkpoint, or rename an adapter file. RUN's are those that it trained."""
     from diffpipe.cli.export import export_command
 
     run_command(lambda: export_command(source, formats, checkpoint, output, form, family, base))
@@ -166,7 +166,7 @@ def convert(
         int | None, typer.Option(metavar="N", min=1, help="GPUs that it ran on.", show_default="one for each pipeline stage")
     ] = None,
 ) -> None:
-    """Turn a diffusion-pipe config and its dataset configs into one of ours; tells what became of every key."""
+    """Turn diffusion-pipe's configs into one of ours. Reads the dataset configs too, and tells what became of every key."""
     from diffpipe.cli.convert import convert_command
 
     run_command(lambda: convert_command(source, output, gpus))
@@ -177,7 +177,7 @@ def doctor(
     config: Annotated[Path | None, typer.Argument(metavar="[CFG]", help="Config of the run to come.", show_default=False)] = None,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """Look at this machine as a run would use it: versions, GPUs, disks, limits; each fault with its cure."""
+    """Look for what would stop a run here, with its cure. Versions, GPUs, disks, limits, and how processes meet."""
     from diffpipe.cli.doctor import doctor_command
 
     run_command(lambda: doctor_command(config, overrides))

@@ -15,7 +15,7 @@ def convert_command(source: Path, output: Path | None, gpus: int | None) -> None
 
     quiet_libraries()
     from diffpipe.durable import write_durably
-    from diffpipe.errors import ConfigError
+    from diffpipe.errors import ConfigError, typed
     from diffpipe.migration import convert
     from diffpipe.migration.settings import Scale
 
@@ -31,13 +31,13 @@ def convert_command(source: Path, output: Path | None, gpus: int | None) -> None
             raise ConfigError(f"cannot be written: {fault.strerror or fault}", where=str(output), fix="name another file") from fault
     show(made.fates, sys.stderr if output is None else sys.stdout)
     if output is not None:
-        print(f"{output}: see what it takes with `diffpipe plan {output}`")
+        print(f"{output}: see what it takes with `diffpipe plan {typed(output)}`")
 
 
 def show(fates: tuple[Fate, ...], to) -> None:
     """Every key once, those that a person should look at last."""
     for outcome in ("carried", "changed", "left out"):
         of = [fate for fate in fates if fate.outcome == outcome]
-        print(f"{'not carried over' if outcome == 'left out' else outcome}: {len(of)} keys", file=to)
+        print(f"{'not carried over' if outcome == 'left out' else outcome}: {len(of)} key{'' if len(of) == 1 else 's'}", file=to)
         for fate in of:
             print(f"  {fate.line()}", file=to)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any, TypeVar
 
 import typer
 
-from diffpipe.errors import ConfigError, told_of_disk
+from diffpipe.errors import ConfigError, told_of_disk, typed
 
 T = TypeVar("T")
+WIDTH = 72  # of a question, behind which its usual answer stands
 
 
 def init_command(output: Path, given: Mapping[str, Any], usual: bool) -> None:
@@ -32,7 +34,8 @@ def init_command(output: Path, given: Mapping[str, Any], usual: bool) -> None:
         write_durably(output, made.text.encode())
     for line in (*made.plan.lines, *(reason for stage in made.plan.stages for reason in stage.reasons)):
         print(f"  {line}")
-    print(f"{output} is written; look at the data with `diffpipe inspect {output}`, then `{launcher(answers.gpus)} train {output}`")
+    name = typed(output)
+    print(f"{output} is written; look at the data with `diffpipe inspect {name}`, then `{launcher(answers.gpus)} train {name}`")
     if answers.model is None:
         print(f"it names no model yet: write its folder into {output} as model.path before you train")
 
@@ -58,7 +61,7 @@ class Questions:
             return read(usual if self.given[name] is None else self.given[name])
         while True:
             try:
-                answer = typer.prompt(text, default=usual)
+                answer = typer.prompt(fill(text, WIDTH, break_on_hyphens=False), default=usual)
             except typer.Abort:
                 raise ConfigError("no answer", where=f"--{name}", fix=f"give --{name}, or --yes for what is usual") from None
             try:

@@ -1,4 +1,4 @@
-"""`diffpipe models`: a table of the registry."""
+"""`diffpipe models`: the registry, a paragraph for each family, for its columns do not fit 80 letters side by side."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ def models_command(markdown: bool) -> None:
     from rich.table import Table
 
     rows, alike = support.support()
-    table = Table()
-    for column in rows[0]:
-        table.add_column(column, no_wrap=column == "model.family")
+    table = Table.grid(padding=(0, 2))
     for row in rows:
-        table.add_row(*row.values())
+        (_, family), (_, title), *more = row.items()
+        table.add_row(f"[bold]{family}[/]", title)
+        table.add_row("", "; ".join(f"[dim]{column}[/] {value}" for column, value in more))
     console = Console()
     console.print(table)
+    console.print("\nAll of them:")
     for line in support.alike_lines(alike):
         console.print(line, highlight=False)

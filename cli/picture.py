@@ -170,7 +170,8 @@ class Painter:
 
     def saved(self) -> list[Text]:
         """The last file of each kind, in as few lines as they take."""
-        said = {"checkpoint": "none yet", "export": "none yet"}
+        resumed = self.view.run.resumed
+        said = {"checkpoint": f"{resumed}, resumed from" if resumed else "none yet", "export": "none yet"}
         for kind, (path, since) in self.view.written.items():
             # An export lies in a folder called by its step, a checkpoint is one.
             name = next((part for part in reversed(path.parts) if part.startswith("step-")), path.name)

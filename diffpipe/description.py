@@ -25,6 +25,7 @@ def describe(config: Config, model: DiffusionModel, run: Run, mesh: Mesh) -> Run
         trains=f"{model.title}, {what}",
         places=tuple(mesh.exchange(_place(config, mesh))),
         config=config.model_dump(mode="json"),
+        resumed=run.resumed.name if run.resumed is not None else "",
     )
 
 

@@ -62,7 +62,12 @@ class Stopped(Exception):
     CODE = 75  # of the process: what sysexits.h calls a temporary failure, to be tried again
 
     def __init__(self, folder: Path, step: int) -> None:
-        super().__init__(f"stopped behind step {step}; --resume {folder} goes on")
+        super().__init__(f"stopped behind step {step}; --resume {typed(folder)} goes on")
+
+
+def typed(path: Path) -> str:
+    """A path as a person types it in a command."""
+    return f'"{path}"' if " " in str(path) else str(path)
 
 
 @contextmanager

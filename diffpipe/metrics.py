@@ -38,12 +38,14 @@ class RunRecord:
         trains: what is trained, for a person.
         places: by rank.
         config: as it was resolved, as JSON.
+        resumed: name of the checkpoint that it goes on from; empty where it begins.
     """
 
     name: str
     trains: str
     places: tuple[Place, ...]
     config: Mapping[str, Any]
+    resumed: str = ""
 
 
 @dataclass(frozen=True)

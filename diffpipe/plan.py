@@ -198,10 +198,11 @@ def buckets_of(config: Config, model: DiffusionModel) -> tuple[list[Bucket], boo
 
 def _lines(config: Config, model: DiffusionModel, count: int, trained: int) -> tuple[str, ...]:
     mesh, batch = config.mesh, config.batch
+    processes = mesh.stages * mesh.replicas
     ends = " or ".join(f"{n} {w}" for n, w in ((config.run.steps, "steps"), (config.run.epochs, "epochs")) if n)
     return (
         f"{model.title}: {count / 1e9:.3f} B parameters, {trained / 1e6:.2f} M of them trained in {config.model.trainable_dtype}",
-        f"{mesh.stages * mesh.replicas} processes: {mesh.stages} stages x {mesh.replicate} replicas x {mesh.shard} shards",
+        f"{processes} process{'' if processes == 1 else 'es'}: {mesh.stages} stages x {mesh.replicate} replicas x {mesh.shard} shards",
         f"{batch.micro * batch.accumulate * mesh.replicas} samples a step: "
         f"micro {batch.micro} x accumulate {batch.accumulate} x replicate {mesh.replicate} x shard {mesh.shard}",
         f"ends after {ends}",

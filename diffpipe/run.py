@@ -220,8 +220,12 @@ def _newest(folder: Path, passed: list[str]) -> Path:
 
 def _reopen(config: Config, folder: Path, checkpoint: Path, passed: list[str], launch: Launch | None) -> Run:
     state = read_state(checkpoint)
-    check_batch(config, state["data"]["group"], checkpoint)
     earlier = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    if (family := earlier["model"]["family"]) != config.model.family:  # the newest run may be of another config
+        raise ConfigError(
+            f"{folder} trains {family}, but the config {config.model.family}", where="--resume", fix="name the run that is meant"
+        )
+    check_batch(config, state["data"]["group"], checkpoint)
     changes = _changes(earlier, yaml.safe_load(dump(config)))
     with told_of_disk("the run cannot go on in its folder", str(folder), "copy it to a folder that can be written, and name that one"):
         if changes:
@@ -255,7 +259,7 @@ def check_batch(config: Config, before: int, checkpoint: Path) -> None:
     raise ConfigError(
         f"{now} samples a step (micro {batch.micro} x accumulate {batch.accumulate} x mesh.replicate {config.mesh.replicate}"
         f" x mesh.shard {config.mesh.shard}),"
-        f" but {checkpoint.name} was saved with {before}",
+        f" but {checkpoint.parent.parent.name}'s {checkpoint.name} was saved with {before}",
         where="batch",
         expected=f"{before}, which give the same samples on any mesh",
         fix=f"{keep}; or set batch.may_change to true, to go on with {now} from the samples not seen yet",

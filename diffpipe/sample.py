@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,7 @@ from diffpipe.run import checkpoint_of, config_file
 
 
 def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str, Any]], changes: Mapping[str, Any]) -> Config:
-    """A run's config, for sampling.
+    """A run's config, for sampling; without torchrun its mesh is that of one process, unless overrides say otherwise.
 
     Args:
         run: its folder.
@@ -34,6 +36,8 @@ def config_of(run: Path, overrides: Sequence[str], prompts: Sequence[Mapping[str
         ConfigError: when the run is not there, or a value cannot be.
     """
     raw = load_config(config_file(run), overrides).begun().model_dump(mode="json")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 and not any(override.startswith("mesh.") for override in overrides):
+        raw["mesh"] = {"timeout": raw["mesh"]["timeout"]}
     raw["preview"] |= {**({"prompts": list(prompts)} if prompts else {}), **changes}
     if not raw["preview"]["prompts"]:
         raise ConfigError("nothing says what to sample", where="--prompt", fix="name a prompt; the run has no preview.prompts")
@@ -55,7 +59,7 @@ def sample_run(
         run: its folder.
         config: of ``config_of``.
         step: which checkpoint; "best" takes the one with the lowest held-out loss, None the newest.
-        output: the folder to write to; None is ``samples/step-N`` in the run.
+        output: the folder to write to; None is ``samples/step-N`` in the run, or ``step-N-2`` and so on where that is taken.
         make_sinks: makes what shows a person how far it is; called on one rank.
         tell: shows why this process is ended, when another is gone.
 
@@ -84,10 +88,17 @@ def sample_run(
             with Watch(mesh, config.mesh.timeout, tell) as watch:
                 halved = forecast.halved if forecast is not None else 0
                 previews = Previews(config.preview, model, pipeline, prompts, sinks, watch, halved)
-                faults = previews.make(int(checkpoint.name.removeprefix("step-")), output or run / "samples" / checkpoint.name)
+                folder = output or mesh.decide(lambda: _unused(run / "samples" / checkpoint.name))
+                faults = previews.make(int(checkpoint.name.removeprefix("step-")), folder)
             mesh.decide(lambda: _complain(faults))
         finally:
             sinks.close()
+
+
+def _unused(folder: Path) -> Path:
+    """The folder, or the first of its name with a number behind it that is not there: earlier samples stay."""
+    names = chain([folder], (folder.with_name(f"{folder.name}-{n}") for n in count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _complain(faults: Sequence[DiffpipeError]) -> None:

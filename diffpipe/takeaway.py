@@ -33,6 +33,8 @@ def export_run(run: Path, *, formats: Sequence[str], step: int | Literal["best"]
     _check_formats(formats)
     checkpoint = checkpoint_of(run, step)
     config = load_config(config_file(run))
+    if config.adapter is None and "kohya" in formats:
+        raise ConfigError("kohya names are for adapters", where="--to", expected="diffusers or comfyui for whole weights")
     weights = {plain_name(name): lazily(t.shape, t.dtype, lambda t=t: t) for name, t in read_weights(checkpoint).items()}
     return export_tensors(config, make_model(config.model, config.objective), weights, output or run / "exports" / checkpoint.name, formats)
 

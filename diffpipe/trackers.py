@@ -128,7 +128,12 @@ class TensorBoardSink(Sink):
         proto: Any = summary_pb2
         # What SummaryWriter.add_image makes of pixels; it takes no moving pictures.
         image = proto.Summary.Image(height=record.height, width=record.width, colorspace=3, encoded_image_string=record.thumbnail)
-        about = proto.SummaryMetadata(display_name=shorten(record.prompt, TITLE, placeholder=" ..."), summary_description=record.prompt)
+        about = proto.SummaryMetadata(
+            display_name=shorten(record.prompt, TITLE, placeholder=" ..."),
+            summary_description=record.prompt,
+            plugin_data=proto.SummaryMetadata.PluginData(plugin_name="images"),
+            data_class=proto.DATA_CLASS_BLOB_SEQUENCE,
+        )
         assert self.writer.file_writer is not None
         self.writer.file_writer.add_summary(
             proto.Summary(value=[proto.Summary.Value(tag=f"preview/{record.number}", image=image, metadata=about)]), record.step
@@ -144,10 +149,13 @@ class TensorBoardSink(Sink):
         from tensorboard.compat.proto import summary_pb2
 
         proto: Any = summary_pb2
-        made = proto.Summary()
+        made, plugin = proto.Summary(), proto.SummaryMetadata.PluginData(plugin_name="scalars")
         for tag, value in values.items():
             unit = UNITS.get(tag.partition("/")[0]) if tag != BALANCE else None
-            about = proto.SummaryMetadata(display_name=f"{tag}, {unit}" if unit else "")
+            # Without the class TensorBoard's data server, which it has from its package, leaves the heading out.
+            about = proto.SummaryMetadata(
+                display_name=f"{tag}, {unit}" if unit else "", plugin_data=plugin, data_class=proto.DATA_CLASS_SCALAR
+            )
             made.value.append(proto.Summary.Value(tag=tag, simple_value=value, metadata=about))
         assert self.writer.file_writer is not None
         self.writer.file_writer.add_summary(made, step)

@@ -304,7 +304,8 @@ class Trainer:
             if self.step >= self.total:
                 self.sinks.note(f"nothing is left to train behind step {self.step}: raise run.steps or run.epochs")
         else:
-            self.evaluation.evaluate(self.step)
+            if config.eval.at_start:
+                self.evaluation.evaluate(self.step)
             if config.preview.at_start:
                 self.preview(stopping)
             self.startup.lap("evaluation")

@@ -99,6 +99,11 @@ def test_another_name_is_a_clear_error(command: Command, run: Path, checkpoint: 
     assert done.exit_code == 1 and told in done.stderr
 
 
+def test_whole_weights_have_no_names_of_kohya(command: Command, run: Path) -> None:
+    done = command("export", run, "--to", "kohya", check=False)
+    assert done.exit_code == 1 and "--to: kohya names are for adapters" in done.stderr
+
+
 def test_a_run_without_evaluations_has_no_best(command: Command, tmp_path: Path) -> None:
     done = command(*arguments(tmp_path / "run", **{**KEPT, "eval.sets": "[]"}), check=False)
     assert done.exit_code == 1 and "there are no eval.sets that tell which is best" in done.stderr

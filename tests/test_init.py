@@ -62,10 +62,11 @@ def test_questions_are_asked_in_turn_and_again_after_an_answer_that_does_not_do(
     monkeypatch.chdir(tmp_path)
     draw_image(tmp_path / "pictures of mine" / "a.png", (64, 64), "a picture", seed=1)
     answers = ["fluxx", "flux", "toy:flux", "pictures of mine", "much", "16", "1", "both", "full", "0", "64"]
-    done = CliRunner().invoke(app, ["init"], input="\n".join(answers) + "\n")
+    done = CliRunner().invoke(app, ["init", "my own.yaml"], input="\n".join(answers) + "\n")
     assert done.exit_code == 0, done.output
     assert "there is no family 'fluxx'" in done.output and "expected: lora or full" in done.output
-    config = load_config(tmp_path / "config.yaml")
+    assert '`diffpipe inspect "my own.yaml"`' in done.output and all(len(line) < 80 for line in done.output.splitlines()[:2])
+    config = load_config(tmp_path / "my own.yaml")
     assert config.data.folders[0].path == "pictures of mine" and config.adapter is None and config.memory.budget == 14 << 30
 
 

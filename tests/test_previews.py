@@ -25,6 +25,7 @@ from diffpipe.data.videos import read
 from diffpipe.models import make_model
 from diffpipe.models.encoders import halve_tiles
 from diffpipe.models.flux import Flux
+from diffpipe.sample import config_of
 from tests.conftest import Command, World
 from tests.families import CPU, frames_of
 from tests.test_train import PROGRAM, arguments
@@ -149,6 +150,7 @@ def test_tensorboard_has_the_pictures_and_what_was_asked_for(flux: Path) -> None
     assert shown[-1].encoded_image_string == (flux / "previews/step-00000004/01.png").read_bytes()
     about = events.SummaryMetadata("preview/1")
     assert about.summary_description == about.display_name == "a green square"
+    assert about.data_class and about.plugin_data.plugin_name == "images", "without them the heading is not shown"
 
 
 def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command, tmp_path: Path) -> None:
@@ -159,8 +161,8 @@ def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command
     done = command("sample", flux, *asked, "--set", "memory.budget=1MiB")
     assert "memory.swap: 8 (sampling" in done.stdout and "for which memory runs out is left out" in done.stdout + done.stderr
     assert (picture(tmp_path / "streamed/00.png") == picture(flux / "previews/step-00000004/00.png")).all()
-    command("sample", flux, "--prompt", "a square", "--width", "32", "--height", "48", "--steps", "1", "--out", tmp_path / "here")
-    assert picture(tmp_path / "here/00.png").shape == (48, 32, 3)
+    command("sample", flux, "--prompt", "a square", "--width", "32", "--height", "48", "--steps", "1")
+    assert picture(flux / "samples/step-00000004-2/00.png").shape == (48, 32, 3), "the first is kept"
     for wrong, told in (
         (["--prompt", "x", "--checkpoint", "3"], "no checkpoint of step 3"),
         (["--prompt", "x", "--image", "y.png"], "flux has no use for it"),
@@ -169,6 +171,9 @@ def test_a_run_is_sampled_again_from_its_checkpoint(flux: Path, command: Command
     ):
         failed = command("sample", flux, *wrong, check=False)
         assert failed.exit_code == 1 and told in failed.stderr and "Traceback" not in failed.stderr
+    (tmp_path / "config.yaml").write_text((flux / "config.yaml").read_text().replace("stages: 1", "stages: 2"))
+    meshes = [config_of(tmp_path, given, [], {}).mesh.stages for given in ([], ["mesh.schedule=1f1b"])]
+    assert meshes == [1, 2], "one process samples what two have trained"
 
 
 def test_replicas_that_share_weights_share_out_the_prompts(flux: Path, world: World, tmp_path: Path) -> None:

@@ -107,13 +107,16 @@ def test_a_run_folder_holds_what_the_docs_promise(command: Command, tmp_path: Pa
 
 
 def test_the_newest_run_goes_on_when_resume_names_none(command: Command, tmp_path: Path) -> None:
-    command(*arguments(tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2}))
+    begun = command(*arguments(tmp_path / "run", **{"mesh.stages": 1, "run.steps": 2, "eval.at_start": "false"}))
+    assert "step 0 eval" not in begun.stdout and "step 2 eval" in begun.stdout
     asked = fill_bare_resume([*arguments(tmp_path / "run", **{"mesh.stages": 1, "run.steps": 4}), "--resume"])
     resumed = command(*asked)
     assert "changed since the run began: run.steps was 2, now 4" in resumed.stdout
     assert "step 4/4" in resumed.stdout
     again = command(*asked)
     assert "nothing is left to train behind step 4: raise run.steps or run.epochs" in again.stdout
+    other = command(*arguments(tmp_path / "run", **{"mesh.stages": 1, "model.family": "chroma"}), "--resume", "", check=False)
+    assert other.exit_code == 1 and "trains flux, but the config chroma" in other.stderr
 
 
 def test_a_run_goes_on_without_the_file_that_its_adapter_began_with(command: Command, tmp_path: Path) -> None:

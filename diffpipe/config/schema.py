@@ -463,10 +463,9 @@ class EvalSetConfig(Section):
 
 
 class EvalConfig(Section):
-    every_steps: Positive | None = Field(
-        default=None, description="Steps between evaluations; one is always made at the start and at the end."
-    )
+    every_steps: Positive | None = Field(default=None, description="Steps between evaluations; one is always made at the end.")
     every_epochs: Positive | None = Field(default=None, description="Epochs between evaluations.")
+    at_start: bool = Field(default=True, description="Evaluate before the first step too.")
     quantiles: list[Fraction] = Field(
         default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9],
         min_length=1,

@@ -101,7 +101,10 @@ def add_up(rank: int, processes: int, port: int, backend: str, answers: Any) -> 
 
 def torchrun_port() -> Finding:
     """Whether the port is free where torchrun's processes meet."""
-    port = int(os.environ.get("MASTER_PORT", TORCHRUN))
+    named = os.environ.get("MASTER_PORT", str(TORCHRUN))
+    if not named.isdecimal() or not 0 < int(named) < 1 << 16:
+        return Finding("torchrun's port", "fault", f"MASTER_PORT is {named!r}", "unset it, or name a port from 1024 to 65535")
+    port = int(named)
     with socket.socket() as trial:
         if os.name != "nt":
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does

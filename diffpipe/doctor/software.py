@@ -20,7 +20,7 @@ from diffpipe.doctor.finding import Finding
 
 NEWEST_TORCH = Version("2.15")  # up to this one, in its first two numbers, the tests were run
 SHOWN = ("torch", "diffusers", "transformers", "av", "bitsandbytes")  # told of also where nothing is wrong with them
-LOADED = ("torch", "av", "bitsandbytes")  # have libraries of their own, which may not fit the system
+LOADED = ("av", "torch", "bitsandbytes")  # have libraries of their own, which may not fit the system; the last needs the one before
 
 
 def versions() -> Iterator[Finding]:
@@ -63,6 +63,8 @@ def imports() -> Iterator[Finding]:
                 continue  # told of by its version
             said = (str(fault) or type(fault).__name__).splitlines()[0]
             yield Finding(f"import {name}", "fault", said, f"pip install --force-reinstall {name}, of the build for this system")
+            if name == "torch":
+                return
 
 
 def video() -> Iterator[Finding]:

@@ -167,11 +167,7 @@ def _evaluation(draft: Draft, old: Table, batch: int) -> None:
         draft.put("eval.quantiles", [n / 10 for n in range(1, 10)])
     draft.carry(old, "eval_every_n_steps", "eval.every_steps")
     _by_examples(draft, old, "eval_every_n_examples", "eval.every_steps", batch)
-    key = "eval_before_first_step"
-    if key in old and old.flag(key):
-        draft.tell(old, key, "carried", "eval", "always")
-    else:
-        draft.leave(old, key, "a fresh run is always evaluated before its first step; fewer eval.quantiles take less time")
+    draft.carry(old, "eval_before_first_step", "eval.at_start")
 
 
 def _saving(draft: Draft, old: Table, batch: int) -> None:

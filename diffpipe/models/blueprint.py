@@ -109,7 +109,7 @@ def _place(config: ModelConfig) -> Path | None:
             f"{place}: no such folder",
             where="model.path",
             expected="a diffusers folder, a checkpoint file, or hf:OWNER/NAME@REVISION",
-            fix="download the model's diffusers repository and name its folder; single files go to model.files",
+            fix="download the model's diffusers repository and name its folder; single files go to model.files; `diffpipe plan` takes null",
         )
     return place
 

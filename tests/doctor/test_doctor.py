@@ -89,6 +89,9 @@ def test_a_port_that_another_program_holds_is_named(monkeypatch: pytest.MonkeyPa
         finding = torchrun_port()
     assert finding.state == "warning" and "is taken" in finding.found and "--master_port" in finding.cure
     assert torchrun_port().state == "ok"
+    for named in ("99999", "any"):
+        monkeypatch.setenv("MASTER_PORT", named)
+        assert torchrun_port().state == "fault" and named in torchrun_port().found
 
 
 def test_a_folder_that_cannot_be_one_is_named(tmp_path: Path) -> None:

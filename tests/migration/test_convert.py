@@ -85,7 +85,7 @@ def test_the_file_is_a_config_that_holds_and_tells_what_is_left_out(tmp_path: Pa
     source, target = written(tmp_path, row), tmp_path / "new folder" / "neu ü.yaml"
     target.parent.mkdir()
     told = command("convert", source, "-o", target).stdout
-    assert "not carried over: 1 keys\n  steps_per_print: " in told
+    assert "not carried over: 1 key\n  steps_per_print: " in told
     assert "#   steps_per_print: " in target.read_text(encoding="utf-8")
     assert load_config(target).model.family == "flux"
     again = command("convert", source, "-o", target, check=False)
