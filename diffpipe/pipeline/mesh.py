@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from diffpipe.config.load import differences
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.pipeline.alone import OwnStore
+from diffpipe.pipeline.launcher import ended_with_torchrun
 from diffpipe.pipeline.shard import local
 
 T = TypeVar("T")
@@ -230,6 +231,11 @@ def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> It
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    with ended_with_torchrun() if launched else nullcontext():
+        yield from _opened(config, agreed, rank, world, launched)
+
+
+def _opened(config: MeshConfig, agreed: Mapping[str, Any] | None, rank: int, world: int, launched: bool) -> Iterator[Mesh]:
     device = _device(int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
     store = _meet() if launched else OwnStore()
     _compare(store, rank, world, {"mesh": config.model_dump(mode="json"), **(agreed or {})})
