@@ -51,7 +51,7 @@ from diffpipe.startup import Startup
 from diffpipe.toy import materialize
 from diffpipe.trackers import TensorBoardSink, WandbSink, check_wandb
 from diffpipe.versions import versions
-from diffpipe.wishes import Wishes
+from diffpipe.wishes import Wishes, forget
 
 MakeSinks = Callable[[], list[Sink]]
 Tell = Callable[[DiffpipeError], None]
@@ -169,6 +169,8 @@ def open_sinks(run: Run, config: Config, mesh: Mesh, make_sinks: MakeSinks) -> S
         sinks.note(damaged)
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
+    for line in forget(run.folder):
+        sinks.note(line)
     for change in run.changes:
         sinks.note(f"changed since the run began: {change}")
     return sinks

@@ -20,6 +20,19 @@ REQUESTS: dict[Wish, Request] = {
 FILES: tuple[Wish, ...] = ("save", "checkpoint", "preview", "stop")
 
 
+def forget(folder: Path) -> list[str]:
+    """Remove the files by which something was asked for before a run goes on; gives a line to tell for each."""
+    told: list[str] = []
+    for path in (folder / wish for wish in FILES):
+        if path.is_file():
+            try:
+                path.unlink()
+                told.append(f"{path.name}: the file {path} is from before this start; it is removed and not obeyed")
+            except OSError as fault:
+                told.append(f"{path.name}: the file {path} is from before this start, but cannot be removed: {fault}")
+    return told
+
+
 class Wishes:
     """Keeps what was asked for until the run takes it; on the rank that speaks for the run.
 
