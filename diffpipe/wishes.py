@@ -56,14 +56,21 @@ class Wishes:
 
     def take(self) -> Request:
         """What was asked for since the last call."""
-        if monotonic() - self.looked >= self.every:
-            self.looked = monotonic()
-            self._look()
+        self._look()
         with self.lock:
             asked, self.asked = self.asked, NOTHING
         return asked
 
+    def ends(self) -> bool:
+        """Whether what was asked for, and not taken yet, ends the run."""
+        self._look()
+        with self.lock:
+            return bool(self.asked & (Request.STOP | Request.QUIT))
+
     def _look(self) -> None:
+        if monotonic() - self.looked < self.every:
+            return
+        self.looked = monotonic()
         for wish in FILES:
             path = self.folder / wish
             if wish in self.stuck or not path.is_file():

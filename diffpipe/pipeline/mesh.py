@@ -165,6 +165,20 @@ class Mesh:
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.stage_group)
         return bool(told)
 
+    def any_told(self, flag: bool) -> Callable[[], bool]:
+        """Begin to tell all ranks whether it is set here. What is given waits until all have told, and says whether it is set on any; ranks
+        call either as often as the others. Nothing is asked of the device."""
+        if self.world == 1:
+            return lambda: flag
+        told = torch.tensor(float(flag))
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, async_op=True)
+
+        def heard() -> bool:
+            wait_for(work)
+            return bool(told)
+
+        return heard
+
     def from_last_stage(self, tensor: Tensor | None) -> Tensor:
         """A float32 tensor that the last stage of this pipeline has, on each of its stages.
 
@@ -199,6 +213,11 @@ class Mesh:
             flat /= self.replicas
             for p, mean in zip(group, flat.split([p.numel() for p in group]), strict=True):
                 p.grad = mean.view_as(p)
+
+
+def wait_for(work: Any) -> None:
+    """Wait for what was begun with other ranks; who looks at this one's stack sees by this function that it waits for them."""
+    work.wait()
 
 
 def _chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
