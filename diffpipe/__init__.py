@@ -1,7 +1,10 @@
 """diffpipe: train diffusion models that do not fit one GPU, on plain PyTorch."""
 
+import os
 from time import perf_counter
 
-BEGAN = perf_counter()  # before all that takes long to import
+# Before all that takes long to import.
+BEGAN = perf_counter()
+STARTED_BY = os.getppid()
 
 __version__ = "0.1.0"

@@ -113,6 +113,19 @@ class Checkpoints:
         file = self._aside(step) / f"rank-{self.mesh.rank:05d}.safetensors"
         self._writing = _Writing(step, state, self._thread.submit(_write, file, tensors), perf_counter() - begun)
 
+    def amend(self, path: Path, more: Mapping[str, Any]) -> None:
+        """Replace parts of the state of a complete checkpoint; every rank calls this.
+
+        Raises:
+            CheckpointError: on every rank, when it cannot be written.
+        """
+
+        def write() -> None:
+            with told_of_disk(f"what was found behind {path.name} could not be written", str(path), ROOM, CheckpointError):
+                _write_state(path, {**read_state(path), **more})
+
+        self.mesh.decide(write)
+
     def is_writing(self) -> bool:
         """Whether this rank is not through with its part of a checkpoint."""
         return self._writing is not None and not self._writing.files.done()
@@ -170,7 +183,7 @@ class Checkpoints:
                     expected="a folder that all machines of the run share",
                     fix="set output_dir to one",
                 )
-            write_durably(aside / STATE, json.dumps({"step": writing.step, "files": files, **writing.state}, indent=1).encode())
+            _write_state(aside, {"step": writing.step, "files": files, **writing.state})
             _sync(aside)
             os.replace(aside, final)
             _sync(self.folder)
@@ -250,6 +263,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"is damaged: {found}", where=str(path), fix="take an older checkpoint")
     held = joined(open_files([path / name for name in read_state(path)["files"]]))
     return {k.removeprefix("model."): realise(t) for k, t in held.items() if k.startswith("model.")}
+
+
+def _write_state(path: Path, state: Mapping[str, Any]) -> None:
+    write_durably(path / STATE, json.dumps(state, indent=1).encode())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

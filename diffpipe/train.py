@@ -51,7 +51,7 @@ from diffpipe.startup import Startup
 from diffpipe.toy import materialize
 from diffpipe.trackers import TensorBoardSink, WandbSink, check_wandb
 from diffpipe.versions import versions
-from diffpipe.wishes import Wishes
+from diffpipe.wishes import Wishes, forget
 
 MakeSinks = Callable[[], list[Sink]]
 Tell = Callable[[DiffpipeError], None]
@@ -169,6 +169,8 @@ def open_sinks(run: Run, config: Config, mesh: Mesh, make_sinks: MakeSinks) -> S
         sinks.note(damaged)
     if run.resumed is not None:
         sinks.note(f"resumed from {run.resumed.name}")
+    for line in forget(run.folder):
+        sinks.note(line)
     for change in run.changes:
         sinks.note(f"changed since the run began: {change}")
     return sinks
@@ -258,12 +260,15 @@ class Trainer:
         self.evaluation = Evaluation(config, mesh, model, held_out, pipeline, sinks, self.watch, self._explained)
         self.checkpoints = Checkpoints(run.checkpoints, mesh, config.checkpoint, config.memory.pin and mesh.device.type == "cuda")
         self.saved_at = time.monotonic()
+        self.owing: int | None = None  # where an evaluation is still to be made: the epochs that were over before its step
+        self.resumed_at: int | None = None
         if run.resumed is not None:
             rule = config.optimizer.rule
             state = load(run.resumed, self.module, self.optimizer, rule, mesh, self.release.waits_on_host())
             if (earlier := state.get("rule", rule)) != rule:
                 sinks.warn(f"the state of the optimizer begins anew, for the checkpoint has that of {earlier}, not of {rule}")
-            self.step = state["step"]
+            self.step = self.resumed_at = state["step"]
+            self.owing = state.get("owing")
             self.guard.skipped, self.guard.in_a_row = state["skipped"]
             if state.get("cudnn_given_up"):
                 pipeline.attention.retreat()  # a resumed run goes on as the unbroken one would
@@ -290,61 +295,82 @@ class Trainer:
         wishes = Wishes(self.run.folder, self.sinks.note, self.sinks.warn)
         with self.watch, Signals(self.sinks.note) as signals:
             self.sinks.begin(describe(self.config, self.model, self.run, self.mesh), wishes.ask)
-            sources = [signals.take, self._asked_by_the_clock, self._asked_by_the_disk, *([wishes.take] if self.mesh.reporter else [])]
+            own = self.mesh.reporter
+
+            def stopping() -> bool:
+                return signals.stopping.is_set() or (own and wishes.ends())
+
+            sources = [signals.take, self._asked_by_the_clock, self._asked_by_the_disk, *([wishes.take] if own else [])]
             try:
-                self._train(Requests(self.mesh, sources), signals.stopping.is_set)
+                self._train(Requests(self.mesh, sources), stopping)
             finally:
                 self.feed.close()
 
     def _train(self, requests: Requests, stopping: Callable[[], bool]) -> None:
-        config = self.config
         self.startup.lap("setup")
         if self.run.resumed:
             self.evaluation.tell_best()
-            if self.step >= self.total:
+            if self.step >= self.total and self.owing is None:
                 self.sinks.note(f"nothing is left to train behind step {self.step}: raise run.steps or run.epochs")
-        else:
-            if config.eval.at_start:
-                self.evaluation.evaluate(self.step)
-            if config.preview.at_start:
-                self.preview(stopping)
+        ends = False
+        if self.step == 0 or self.owing is not None:
+            ends = self._behind(self.epochs if self.owing is None else self.owing, requests, stopping)
             self.startup.lap("evaluation")
-        while self.step < self.total:
+        while not ends and self.step < self.total:
             with told_of_death("data.workers"):
                 record = self.take_step(requests)
             if (started := self.startup.ended(self.mesh)) is not None:
                 self.sinks.started(started)
-            if self.step % config.metrics.every_steps == 0 or self.step == self.total:
+            if self.step % self.config.metrics.every_steps == 0 or self.step == self.total:
                 self.sinks.step(record)
-            last, before, self.epochs = self.step == self.total, self.epochs, record.epoch + record.epoch_ends
-            due = partial(is_due, (self.step - 1, self.step), (before, self.epochs))
-            if last or due(config.eval):
-                self.evaluation.evaluate(self.step)
-                requests.listen()
-            asked = requests.agreed()
-            if Request.WAIT not in asked:
-                self._finish_saving()
-            exports = last or Request.EXPORT in asked
-            if exports or due(config.export):
-                self.export()
-            # Behind the export: a run that is killed in between makes it again.
-            saves = last or self.evaluation.is_best(self.step) or bool(asked & (Request.CHECKPOINT | Request.STOP))
-            if saves or due(config.checkpoint):
-                self.save()
-            ends = bool(asked & (Request.STOP | Request.QUIT))
-            # Behind the checkpoint, for they may take longer than a machine is left to a run.
-            previews = not ends and (last or due(config.preview))
-            if previews or Request.PREVIEW in asked:
-                self._finish_saving()  # which gives the checkpoint its name
-                self.preview(stopping, asked=Request.PREVIEW in asked)
-            if last or ends:
-                self._finish_saving()
-            if ends and not last:
-                if Request.INTERRUPT in asked:
-                    raise Stopped(self.run.folder, self.step)
-                goes_on = "; --resume goes on from there" if Request.STOP in asked else ""
-                self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked{goes_on}")
-                return
+            before, self.epochs = self.epochs, record.epoch + record.epoch_ends
+            ends = self._behind(before, requests, stopping)
+
+    def _behind(self, before: int, requests: Requests, stopping: Callable[[], bool]) -> bool:
+        """Do what is due behind a step, or before the first, and what was asked for.
+
+        Where the evaluation is given up, the run ends with a checkpoint that says so, and all that is due is left to the run that goes on.
+
+        Args:
+            before: the epochs that were over before the step.
+            stopping: whether this rank is asked to end the run.
+
+        Returns:
+            Whether the run ends here.
+
+        Raises:
+            Stopped: when a signal asked for it.
+        """
+        config, first, last = self.config, self.step == 0, self.step == self.total
+        due = partial(is_due, (max(self.step - 1, 0), self.step), (before, self.epochs))
+        self.owing = None
+        if (first and config.eval.at_start) or last or due(config.eval):
+            if not self.evaluation.evaluate(self.step, stopping):
+                self.owing = before
+            requests.listen()
+        asked = requests.agreed()
+        if Request.WAIT not in asked:
+            self._finish_saving()
+        if Request.EXPORT in asked or (self.owing is None and (last or due(config.export))):
+            self.export()
+        # Behind the export: a run that is killed in between makes it again.
+        saves = last or self.evaluation.is_best(self.step) or bool(asked & (Request.CHECKPOINT | Request.STOP))
+        if saves or self.step == self.resumed_at or due(config.checkpoint):
+            self.save()
+        ends = bool(asked & (Request.STOP | Request.QUIT))
+        # Behind the checkpoint, for they may take longer than a machine is left to a run.
+        previews = not ends and (last or due(config.preview) or (first and config.preview.at_start))
+        if previews or Request.PREVIEW in asked:
+            self._finish_saving()  # which gives the checkpoint its name
+            self.preview(stopping, asked=Request.PREVIEW in asked)
+        if last or ends:
+            self._finish_saving()
+        if ends and (not last or self.owing is not None):
+            if Request.INTERRUPT in asked:
+                raise Stopped(self.run.folder, self.step)
+            goes_on = "; --resume goes on from there" if Request.STOP in asked else ""
+            self.sinks.note(f"ended behind step {self.step} of {self.total}, as asked{goes_on}")
+        return ends
 
     def take_step(self, requests: Requests) -> StepRecord:
         """Wait for a batch, run it, move the weights.
@@ -431,9 +457,14 @@ class Trainer:
         return explained(f"{doing} on stage {self.mesh.stage}", self.mesh.device, remedies(self.config))
 
     def save(self) -> None:
-        """Begin to write a checkpoint, and wait for it where it is not written in the background."""
+        """Begin to write a checkpoint, and wait for it where it is not written in the background. Where the run has gone on from one of the
+        same step, that is told what is known now."""
         self.sinks.doing("writing a checkpoint")
         self._finish_saving()
+        found = {"held_out": self.evaluation.behind(self.step), "owing": self.owing}
+        if self.run.resumed is not None and self.step == self.resumed_at:
+            self.checkpoints.amend(self.run.resumed, found)
+            return
         self.pipeline.memory.settle()
         state = {
             "data": self.feed.state_dict(),
@@ -441,8 +472,8 @@ class Trainer:
             "rule": self.config.optimizer.rule,
             "cudnn_given_up": self.pipeline.attention.retreated,
             "skipped": [self.guard.skipped, self.guard.in_a_row],
-            "held_out": self.evaluation.behind(self.step),
             "versions": versions(),
+            **found,
         }
         self.checkpoints.save(self.step, self.module, self.optimizer, state)
         self.saved_at = time.monotonic()

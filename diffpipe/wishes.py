@@ -20,6 +20,19 @@ REQUESTS: dict[Wish, Request] = {
 FILES: tuple[Wish, ...] = ("save", "checkpoint", "preview", "stop")
 
 
+def forget(folder: Path) -> list[str]:
+    """Remove the files by which something was asked for before a run goes on; gives a line to tell for each."""
+    told: list[str] = []
+    for path in (folder / wish for wish in FILES):
+        if path.is_file():
+            try:
+                path.unlink()
+                told.append(f"{path.name}: the file {path} is from before this start; it is removed and not obeyed")
+            except OSError as fault:
+                told.append(f"{path.name}: the file {path} is from before this start, but cannot be removed: {fault}")
+    return told
+
+
 class Wishes:
     """Keeps what was asked for until the run takes it; on the rank that speaks for the run.
 
@@ -43,14 +56,21 @@ class Wishes:
 
     def take(self) -> Request:
         """What was asked for since the last call."""
-        if monotonic() - self.looked >= self.every:
-            self.looked = monotonic()
-            self._look()
+        self._look()
         with self.lock:
             asked, self.asked = self.asked, NOTHING
         return asked
 
+    def ends(self) -> bool:
+        """Whether what was asked for, and not taken yet, ends the run."""
+        self._look()
+        with self.lock:
+            return bool(self.asked & (Request.STOP | Request.QUIT))
+
     def _look(self) -> None:
+        if monotonic() - self.looked < self.every:
+            return
+        self.looked = monotonic()
         for wish in FILES:
             path = self.folder / wish
             if wish in self.stuck or not path.is_file():

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from diffpipe.checkpoint import STATE, list_checkpoints
@@ -93,6 +94,16 @@ def test_torchrun_starts_a_killed_rank_again_and_the_run_goes_on_by_itself(cache
     assert re.search(r"^resumed from step-000000\d+", running.output, re.M)
     assert "step 40/40" in running.output
     assert run_in(tmp_path)  # one folder, of one run
+
+
+@posix
+def test_ranks_end_with_a_torchrun_that_is_killed_before_they_have_met(cache: Path, tmp_path: Path) -> None:
+    running = Running(arguments(tmp_path, cache, **{"mesh.stages": 2}), ["--standalone", "--nproc_per_node=2"])
+    while len(ranks := running.children()) < 2 or min(sum(rank.cpu_times()[:2]) for rank in ranks) < 1:  # amid what they import
+        time.sleep(0.1)
+    running.process.kill()
+    assert not psutil.wait_procs(ranks, timeout=60)[1]
+    assert running.end() and "torchrun, which started this process, is gone: it ends" in running.output
 
 
 def test_only_what_torchrun_starts_again_goes_on_by_itself(

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup, Work
 
+from diffpipe.pipeline.mesh import wait_for
+
 
 @dataclass
 class Bucket:
@@ -68,7 +70,7 @@ class Averaging:
                 self._send(bucket)
         for bucket in self.buckets:
             assert bucket.flat is not None and bucket.work is not None
-            bucket.work.wait()
+            wait_for(bucket.work)
             bucket.flat /= self.group.size()
             for p, place in bucket.missing:
                 if place.any():

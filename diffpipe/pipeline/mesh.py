@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ from diffpipe.config.load import differences
 from diffpipe.config.schema import MeshConfig
 from diffpipe.errors import ConfigError, DiffpipeError
 from diffpipe.pipeline.alone import OwnStore
+from diffpipe.pipeline.launcher import ended_with_torchrun
 from diffpipe.pipeline.shard import local
 
 T = TypeVar("T")
@@ -164,6 +165,20 @@ class Mesh:
         dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.stage_group)
         return bool(told)
 
+    def any_told(self, flag: bool) -> Callable[[], bool]:
+        """Begin to tell all ranks whether it is set here. What is given waits until all have told, and says whether it is set on any; ranks
+        call either as often as the others. Nothing is asked of the device."""
+        if self.world == 1:
+            return lambda: flag
+        told = torch.tensor(float(flag))
+        work = dist.all_reduce(told, op=dist.ReduceOp.MAX, async_op=True)
+
+        def heard() -> bool:
+            wait_for(work)
+            return bool(told)
+
+        return heard
+
     def from_last_stage(self, tensor: Tensor | None) -> Tensor:
         """A float32 tensor that the last stage of this pipeline has, on each of its stages.
 
@@ -200,6 +215,11 @@ class Mesh:
                 p.grad = mean.view_as(p)
 
 
+def wait_for(work: Any) -> None:
+    """Wait for what was begun with other ranks; who looks at this one's stack sees by this function that it waits for them."""
+    work.wait()
+
+
 def _chunks(tensors: Sequence[Tensor], limit: int) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
     size = 0
@@ -230,6 +250,11 @@ def open_mesh(config: MeshConfig, agreed: Mapping[str, Any] | None = None) -> It
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     rank, world = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if launched else (0, 1)
+    with ended_with_torchrun() if launched else nullcontext():
+        yield from _opened(config, agreed, rank, world, launched)
+
+
+def _opened(config: MeshConfig, agreed: Mapping[str, Any] | None, rank: int, world: int, launched: bool) -> Iterator[Mesh]:
     device = _device(int(os.environ.get("LOCAL_RANK", 0)) if launched else 0)
     store = _meet() if launched else OwnStore()
     _compare(store, rank, world, {"mesh": config.model_dump(mode="json"), **(agreed or {})})

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from diffpipe.errors import DiffpipeError
-from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.mesh import Mesh, wait_for
 
 TORCH = str(Path(torch.__file__).parent)
 WAITING = os.path.join(TORCH, "distributed")
@@ -115,7 +115,7 @@ class Watch:
             "ticks": self.ticks,
             "still": monotonic() - self._stood[1],
             "place": _place(frame),
-            "waits": frame is not None and frame.f_code.co_filename.startswith(WAITING),
+            "waits": frame is not None and (frame.f_code is wait_for.__code__ or frame.f_code.co_filename.startswith(WAITING)),
             "process": f"{socket.gethostname()}, process {os.getpid()}",
             "end": self._end,
             "lost": self._lost,
