@@ -33,8 +33,8 @@ CASES: dict[str, tuple[tuple[str, int, int, int], int, dict]] = {
     "flux-compiled": (FLUX, 1, {"compile": True}),
     "flux-fp8": (FLUX, 1, FP8),
     "flux-free": (FLUX, 1, {**FP8, "recompute": "none"}),
-    "flux-least": (FLUX, 1, {**LEAST, "room": 1000}),
-    "flux-least-4": (FLUX, 4, LEAST),
+    "flux-least": (FLUX, 1, {**LEAST, "recompute": "selective", "room": 1000}),
+    "flux-least-4": (FLUX, 4, {**LEAST, "recompute": "selective"}),
     "wan-plain": (WAN, 1, {}),
     "wan-fp8": (WAN, 1, FP8),
     "wan-free": (WAN, 1, {**FP8, "recompute": "selective", "recompute_every": 2}),  # takes 117 GiB

@@ -586,8 +586,9 @@ class MemoryConfig(Section):
     recompute: Literal["none", "block", "selective", "parts"] = Field(
         default="block",
         description="What of a block the backward pass computes again: `block` all but what goes in; `selective` keeps the results of"
-        " attention to 1024 tokens or more; `parts` keeps also what passes between a block's parts, so that these are computed again"
-        " one at a time, the least at once (needs compile, and is best with offload); `none` keeps all.",
+        " attention to 1024 tokens or more and, compiled, of the widest layers, where a gate that trains multiplies them; `parts` keeps"
+        " also what passes between a block's parts, so that these are computed again one at a time, the least at once (needs compile, and"
+        " is best with offload); `none` keeps all.",
     )
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
     feed_forward_chunks: Positive = Field(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from torch import Tensor
 
@@ -52,6 +53,28 @@ def test_a_compiled_block_keeps_what_its_policy_says(block: WanTransformerBlock,
     torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
     for gradient, expected in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("block", False), ("selective", True)])
+def test_the_result_of_a_wide_layer_is_kept_for_the_gradient_of_the_gate_behind_it(policy: str, kept: bool) -> None:
+    torch.manual_seed(0)
+    tokens, width = 72, 32
+    block = FluxSingleTransformerBlock(width, 2, 16, mlp_ratio=256)
+    x, text = (torch.randn(1, n, width, requires_grad=True) for n in (tokens - 8, 8))
+    time, turns = torch.randn(1, width), tuple(torch.randn(tokens, 16) for _ in range(2))
+    found: list[tuple[int, ...]] = []
+
+    def gradients(forward: Any) -> tuple[Tensor, ...]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: found.append(tuple(t.shape)) or t, lambda t: t):
+            out = forward(x, text, time, turns)
+        return torch.autograd.grad(sum(y.square().sum() for y in out), [x, text, *block.parameters()])
+
+    want = gradients(block.forward)
+    found.clear()
+    got = gradients(compiled(block.forward, policy))
+    assert ((tokens, width) in found) == kept, found  # texts and x go in apart, so nothing else has this shape
+    for gradient, wanted in zip(got, want, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_a_compiled_block_whose_feed_forward_part_takes_the_tokens_in_parts_keeps_no_more() -> None:

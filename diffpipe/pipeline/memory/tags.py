@@ -20,6 +20,7 @@ Buffer = tuple[fx.Node, int]  # a node, and which of its results
 CONVERT = torch.ops.prims.convert_element_type.default
 WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes its result to memory
 THIN = 64  # how many times smaller than its weight both rows and result of a product are, for the result to be kept
+WIDE = 8 * LONG  # from here on, a value of a product takes as long to compute as one of long attention, whose arithmetic is slower
 SLACK = 1.1  # what may pass at a narrow point, in parts of what the unit gives: the main stream of activations and little else
 
 
@@ -111,11 +112,13 @@ def tag(graph: fx.Graph, policy: str) -> None:
 
     Args:
         policy: "block" keeps only what goes in, and products of a few rows (of a modulation), which are less than what would have to be
-            read again; "selective" keeps the results of long attention too; "parts" keeps also what passes at the narrowest point before
-            the widest layer, so that what comes before and after it is not there at once.
+            read again; "selective" keeps the results of long attention too, and those of the widest layers of which only a gate's
+            gradient is made; "parts" keeps also what passes at the narrowest point before the widest layer, so that what comes before
+            and after it is not there at once.
     """
     ahead = _forward(graph)
-    kept = {root(n)[0] for n in ahead if _is_thin(n) or (policy != "block" and _is_costly(n))}
+    first = set(ahead)
+    kept = {root(n)[0] for n in ahead if _is_thin(n) or (policy != "block" and (_is_costly(n) or _is_gated(n, first)))}
     if policy == "parts":
         kept |= _narrowest(graph, ahead)
     for node in ahead:
@@ -172,6 +175,36 @@ def _is_costly(node: fx.Node) -> bool:
         return False
     keys = tensors(made.args[1])[0]  # pyright: ignore[reportArgumentType]
     return keys is not None and keys.shape[-2] >= LONG
+
+
+def _is_gated(node: fx.Node, ahead: set[fx.Node]) -> bool:
+    """Whether it is a wide layer's result, its adapter's included, that the backward pass only multiplies by its gradient and adds up: the
+    gradient of the modulation's gate, or of another factor of few values, that a block multiplies the layer's result by."""
+    if _inner(node) < WIDE:
+        return False
+    late = [n for n in _readers(node) if n not in ahead]
+    return bool(late) and all(n.target is torch.ops.aten.mul.Tensor and _adds_up(n) for n in late)
+
+
+def _adds_up(node: fx.Node) -> bool:
+    """Whether nothing of a result is used but sums of its rows."""
+    readers = _readers(node)
+    return bool(readers) and all(n.target is torch.ops.aten.sum.dim_IntList and _over_rows(n) for n in readers)
+
+
+def _over_rows(node: fx.Node) -> bool:
+    """Whether a sum leaves one row, or few."""
+    summed, dims = node.args[:2]
+    ndim = next(t.ndim for t in tensors(summed) if t is not None)  # pyright: ignore[reportArgumentType]
+    return THIN * _width(node) <= _width(summed) and all(d % ndim != ndim - 1 for d in dims)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues, reportOptionalIterable, reportOperatorIssue]
+
+
+def _inner(node: fx.Node) -> int:
+    """How many pairs of values are multiplied for each value of a product, or of the longest of the products that it is the sum of."""
+    weight = _weight(node)
+    if weight is not None:
+        return next(t.shape[-2] for t in tensors(weight) if t is not None)
+    return max((_inner(root(n)[0]) for n in node.all_input_nodes), default=0) if _summed(node) else 0
 
 
 def _is_thin(node: fx.Node) -> bool:
