@@ -19,6 +19,8 @@ SUFFIXES = frozenset(
     f".{s}" for s in ("3gp", "avi", "flv", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv")
 )
 AHEAD = 2.0  # seconds: what begins sooner is reached by decoding on, what begins later by a jump to a key frame
+# Containers (FFmpeg's names) that give a time to few frames: behind a jump FFmpeg counts on from one that may be another frame's.
+UNTIMED = frozenset({"mpeg", "mpegvideo"})
 # Containers round times to milliseconds, so a middle that falls on a border must not hop across it.
 SLACK = 0.002
 
@@ -139,7 +141,7 @@ def _frames(container: Any, stream: Any, file: File, start: float) -> Iterator[t
             yield frame, number / rate, (number + 1) / rate
         return
     origin = first.pts
-    if start > AHEAD:
+    if start > AHEAD and container.format.name not in UNTIMED:
         landed = _jump(container, stream, origin + int(start / base))
         if landed is not None and landed.pts is not None and (landed.pts - origin) * base <= start:
             first, decoded = landed, container.decode(stream)

@@ -273,13 +273,20 @@ def test_a_clip_from_the_middle_is_frame_exact(tmp_path: Path, suffix: str, code
     assert [number_in(pixels[:, i]) for i in range(9)] == [round(start * 16) + i for i in range(9)]
 
 
-def numbered_clip(path: Path, frames: int, fps: int, codec: str, depth: str = "yuv420p") -> Path:
+def test_a_clip_from_the_middle_of_a_video_that_times_few_frames_is_frame_exact(tmp_path: Path) -> None:
+    path = numbered_clip(tmp_path / "a.mpg", 200, 25, "mpeg2video", bf="2")
+    for start in (3.0, 5.2):
+        pixels = read(path, Bucket(9, 48, 64), 25.0, start)
+        assert [number_in(pixels[:, i]) for i in range(9)] == [round(start * 25) + i for i in range(9)]
+
+
+def numbered_clip(path: Path, frames: int, fps: int, codec: str, depth: str = "yuv420p", **options: str) -> Path:
     """Frame i shows i in binary, as eight black or white columns; B-frames and open groups as the encoder likes them."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = 64, 48, depth
-        stream.options = {"g": "24", "crf": "18", "preset": "medium", "x265-params": "keyint=24:log-level=none", "b": "4M"}
+        stream.options = {"g": "24", "crf": "18", "preset": "medium", "x265-params": "keyint=24:log-level=none", "b": "4M", **options}
         for i in range(frames):
             columns = np.repeat([255 * (i >> bit & 1) for bit in range(8)], 8).astype(np.uint8)
             picture = np.broadcast_to(columns[None, :, None], (48, 64, 3))
