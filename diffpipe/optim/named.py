@@ -13,10 +13,10 @@ from diffpipe.errors import ConfigError
 
 # They want more than gradients (the model, the loss again, its curvature, pairs of matrices in order, matrices alone), wrap another
 # optimizer, do the backward pass or the exchange between ranks themselves, or keep what a resumed run
-# needs elsewhere than in the state of parameters and groups, or as objects that are no data.
+# needs elsewhere than in the state of parameters and groups, or as objects that are no data. A2Grad has no rate.
 SPECIAL = frozenset(
     {
-        *("adahessian", "adalomo", "adammini", "adashift", "alig", "bsam", "conda", "demo", "distributedmuon", "kron", "lbfgs"),
+        *("a2grad", "adahessian", "adalomo", "adammini", "adashift", "alig", "bsam", "conda", "demo", "distributedmuon", "kron", "lbfgs"),
         *("lomo", "lorarite", "madgrad", "magma", "scalableshampoo", "sophiah", "spam", "spectralsphere", "stablespam"),
     }
 )
