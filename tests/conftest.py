@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,31 +31,63 @@ def free_port() -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start several processes come first, for they take longest and one worker runs a whole file."""
-    launching = {item.path for item in items if "world" in getattr(item, "fixturenames", ())}
+    launching = {item.path for item in items if {"world", "torchrun"} & set(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: item.path not in launching)
 
 
+def environment_of(processes: int) -> dict[str, str]:
+    """What tells processes of each other."""
+    common = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    if processes == 1:
+        return common
+    count = str(processes)
+    return {**common, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.CompletedProcess[str]:
+    if check and done.returncode:
+        raise AssertionError(f"{done.args} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
 @pytest.fixture(scope="session")
-def world() -> World:
-    """Runs a Python program in several processes as torchrun does; gives the finished process."""
+def torchrun() -> World:
+    """Runs a Python program in several processes by torchrun, or in one without; gives the finished process."""
 
     def run(processes: int, *arguments: str | Path, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            "--master_addr=127.0.0.1",
-            f"--master_port={free_port()}",
-        ]
-        command = [*(launcher if processes > 1 else [sys.executable]), *map(str, arguments)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
-        if check and done.returncode:
-            raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-        return done
+        settings = (f"--nproc_per_node={processes}", "--master_addr=127.0.0.1", f"--master_port={free_port()}")
+        launcher = ["-m", "torch.distributed.run", *settings] if processes > 1 else []
+        command = [sys.executable, *launcher, *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=environment_of(1), capture_output=True, text=True, timeout=timeout)
+        return checked(done, check)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """Runs a Python program in several processes that know of each other as under torchrun, forked from one that has imported what they
+    need; gives what they came to."""
+    command, pipe = [sys.executable, ROOT / "tests/nursery.py"], subprocess.PIPE
+    nursery = subprocess.Popen(command, cwd=ROOT, env=environment_of(1), stdin=pipe, stdout=pipe, text=True, start_new_session=True)
+    asked, answers = nursery.stdin, nursery.stdout
+    assert asked is not None and answers is not None
+
+    def run(processes: int, *arguments: str | Path, check: bool = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+        output, program = tmp_path_factory.mktemp("world"), [str(a) for a in arguments]
+        request = {"processes": processes, "program": program, "environment": environment_of(processes), "output": str(output)}
+        asked.write(json.dumps(request) + "\n")
+        asked.flush()
+        given_up = threading.Timer(timeout, os.killpg, (nursery.pid, signal.SIGKILL))
+        given_up.start()
+        answer = answers.readline()
+        given_up.cancel()
+        told = [(output / name).read_text() if (output / name).exists() else "" for name in ("stdout", "stderr")]
+        return checked(subprocess.CompletedProcess(program, int(answer or -signal.SIGKILL), *told), check)
+
+    yield run
+    asked.close()
+    nursery.wait()
 
 
 @pytest.fixture(scope="session")

@@ -36,31 +36,31 @@ from tests.test_train import losses
 pytestmark = pytest.mark.gpu
 
 
-def lora_run(world: World, family: str, folder: Path, name: str, **changes: dict[str, object]) -> list[float]:
+def lora_run(torchrun: World, family: str, folder: Path, name: str, **changes: dict[str, object]) -> list[float]:
     """The losses of a LoRA run in a process of its own; ``changes`` add to sections of its config."""
     raw = config_of(family, "lora", folder, 1).model_dump(mode="json", exclude_unset=True)
     raw["output_dir"] = str(folder / name)
     for section, keys in changes.items():
         raw[section] = {**raw.get(section, {}), **keys}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(raw))
-    return losses(world(1, "-m", "diffpipe", "train", folder / f"{name}.yaml").stdout)
+    return losses(torchrun(1, "-m", "diffpipe", "train", folder / f"{name}.yaml").stdout)
 
 
 @pytest.mark.parametrize("family", sorted(MODELS))
-def test_the_gpu_trains_as_the_cpu_does(world: World, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    on_gpu = lora_run(world, family, tmp_path, "gpu")
-    rounded = lora_run(world, family, tmp_path, "bfloat16", model={"dtype": "bfloat16"})
+def test_the_gpu_trains_as_the_cpu_does(torchrun: World, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = lora_run(torchrun, family, tmp_path, "gpu")
+    rounded = lora_run(torchrun, family, tmp_path, "bfloat16", model={"dtype": "bfloat16"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    on_cpu = lora_run(world, family, tmp_path, "cpu")
+    on_cpu = lora_run(torchrun, family, tmp_path, "cpu")
     assert len(on_cpu) == 3
     assert on_gpu == pytest.approx(on_cpu, rel=1e-3)
     assert rounded == pytest.approx(on_cpu, rel=0.05)
 
 
-def test_8_bit_adamw_stays_near_float32(world: World, tmp_path: Path) -> None:
+def test_8_bit_adamw_stays_near_float32(torchrun: World, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    exact = lora_run(world, "flux", tmp_path, "exact")
-    assert lora_run(world, "flux", tmp_path, "bits", optimizer={"kind": "adamw8bit"}) == pytest.approx(exact, rel=0.05)
+    exact = lora_run(torchrun, "flux", tmp_path, "exact")
+    assert lora_run(torchrun, "flux", tmp_path, "bits", optimizer={"kind": "adamw8bit"}) == pytest.approx(exact, rel=0.05)
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
@@ -117,7 +117,7 @@ def test_compiled_layers_in_few_bits_are_near_the_weight_and_keep_little(kind: s
     assert torch.cuda.memory_allocated() - held - out.nbytes < 2**20
 
 
-def test_attention_whose_gradients_are_not_finite_is_taken_no_more(world: World) -> None:
+def test_attention_whose_gradients_are_not_finite_is_taken_no_more(torchrun: World) -> None:
     # The case of pytorch/pytorch#196678: a mask, 64 beyond a multiple of 128 tokens, and scores so low that cuDNN's padding overflows.
     program = """
 import math
@@ -140,7 +140,7 @@ assert attention.retreat() and not attention.retreat()
 assert all(g.isfinite().all() for g in gradients())
 assert not Attention("sdpa", device).retreat()
 """
-    world(1, "-c", program)
+    torchrun(1, "-c", program)
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])

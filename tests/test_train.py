@@ -60,10 +60,10 @@ def test_a_run_goes_on_in_another_schedule_and_cut_as_one_process_does(world: Wo
     assert begun.stdout.count("predicted: bubble") == 1
 
 
-def test_a_run_with_loader_workers_ends_when_it_is_through(world: World, tmp_path: Path) -> None:
+def test_a_run_with_loader_workers_ends_when_it_is_through(torchrun: World, tmp_path: Path) -> None:
     # They ignore the signal that an interpreter which ends sends its workers before it waits for them.
     settings = {"mesh.stages": 2, "run.steps": 2, "data.workers": 1, "eval.sets": "[]"}
-    done = world(2, *PROGRAM, *arguments(tmp_path / "run", **settings), timeout=200)
+    done = torchrun(2, *PROGRAM, *arguments(tmp_path / "run", **settings), timeout=200)
     assert len(losses(done.stdout)) == 2
 
 
@@ -160,8 +160,8 @@ def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
         ({"mesh.stages": 2, "mesh.schedule": "interleaved", "mesh.spans": 9}, "2 stages of 9 spans for 8 units"),
     ],
 )
-def test_every_process_of_a_launch_ends_with_the_mistake(world: World, tmp_path: Path, settings: dict[str, object], told: str) -> None:
-    done = world(2, *PROGRAM, *arguments(tmp_path / "run", **settings), check=False)
+def test_every_process_of_a_launch_ends_with_the_mistake(torchrun: World, tmp_path: Path, settings: dict[str, object], told: str) -> None:
+    done = torchrun(2, *PROGRAM, *arguments(tmp_path / "run", **settings), check=False)
     assert done.returncode == 1
     assert told in done.stderr
     # torchrun adds a report of its own after the message.
