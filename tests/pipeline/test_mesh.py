@@ -12,7 +12,7 @@ from tests.conftest import ROOT, World
 FAMILIES = ["lumina2", "sdxl", "wan"]
 
 
-@pytest.mark.parametrize(("stages", "replicas", "families"), [(3, 1, FAMILIES[:1]), (2, 2, FAMILIES)], ids=["3x1", "2x2"])
+@pytest.mark.parametrize(("stages", "replicas", "families"), [(3, 1, FAMILIES[:1]), (2, 2, FAMILIES[1:])], ids=["3x1", "2x2"])
 def test_a_mesh_gives_the_whole_models_loss_and_gradients(
     world: World, tmp_path_factory: pytest.TempPathFactory, stages: int, replicas: int, families: list[str]
 ) -> None:
