@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.metrics import TextSink
 from diffpipe.models import MODELS, make_model
-from diffpipe.pipeline.attention import lacks_fa4
+from diffpipe.models.padding import padded_attention
+from diffpipe.pipeline.attention import lacks_fa4, packs_here
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.quantize import has_products
@@ -141,6 +142,31 @@ assert all(g.isfinite().all() for g in gradients())
 assert not Attention("sdpa", device).retreat()
 """
     torchrun(1, "-c", program)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_padding_is_left_out_as_a_mask_would_have_it(compiles: bool) -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("flash attention is not for this card")
+    assert packs_here("sdpa", torch.bfloat16, torch.device("cuda"))
+    query, key, value, gradient = torch.randn(4, 3, 1100, 8, 128, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
+    attended = torch.rand(3, 1100, device="cuda") > 0.3
+
+    def passes(attend: Callable[..., Tensor], kind: torch.dtype) -> list[Tensor]:
+        given = [x.to(kind, copy=True).requires_grad_() for x in (query, key, value)]
+        out = attend(*given)
+        return [out, *torch.autograd.grad(out, given, gradient.to(kind))]
+
+    def packed(*given: Tensor) -> Tensor:
+        return 2 * padded_attention(*given, attended)[0]
+
+    def masked(*given: Tensor) -> Tensor:
+        return 2 * nn.functional.scaled_dot_product_attention(*given, attn_mask=attended[:, None, None])
+
+    exact = passes(masked, torch.float32)
+    theirs, got = passes(masked, torch.bfloat16), passes(torch.compile(packed) if compiles else packed, torch.bfloat16)
+    for mine, other, wanted in zip(got, theirs, exact, strict=True):
+        assert (mine - wanted).norm() <= 1.5 * (other - wanted).norm(), "as near to float32 as with a mask"
 
 
 @pytest.mark.parametrize("family", ["flux", "wan"])

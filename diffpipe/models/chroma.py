@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpipe.flow import Key, mix, noise
 from diffpipe.models import flux
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
 from diffpipe.models.names import Originals, Shapes, linear
+from diffpipe.models.padding import Processor, install
 
 
 def original_shapes() -> Shapes:
@@ -24,6 +25,30 @@ def original_shapes() -> Shapes:
     shapes |= linear(f"{network}.in_proj", hidden, 64) | linear(f"{network}.out_proj", w, hidden)
     shapes |= linear(f"{network}.layers.0.in_layer", hidden, hidden) | linear(f"{network}.layers.0.out_layer", hidden, hidden)
     return shapes | {f"{network}.norms.0.scale": (hidden,)}
+
+
+class JointAttention(Processor):
+    """The caption comes first; in blocks that have layers for it, it comes apart from the picture."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        caption = encoder_hidden_states
+        query, key, value = self.heads(attn, hidden_states)
+        if caption is not None:
+            own, mine = self.caption_heads(attn, caption), (query, key, value)
+            query, key, value = (torch.cat(pair, 1) for pair in zip(own, mine, strict=True))
+        query, key = (self.placed(x, image_rotary_emb) for x in (query, key))
+        out = self.attend(query, key, value, attention_mask)
+        if caption is None:
+            return out
+        count = caption.shape[1]
+        return attn.to_out[1](attn.to_out[0](out[:, count:])), attn.to_add_out(out[:, :count])
 
 
 class Chroma(DiffusionModel):
@@ -73,6 +98,11 @@ class Chroma(DiffusionModel):
             "approximator_hidden_dim": hidden,
             "approximator_layers": layers(shapes, "distilled_guidance_layer.layers."),
         }
+
+    def make_module(self) -> nn.Module:
+        module = super().make_module()
+        install(module, JointAttention)
+        return module
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"].float()

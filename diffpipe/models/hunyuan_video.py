@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpipe.errors import CheckpointError
 from diffpipe.flow import Key, mix, noise
 from diffpipe.models.base import DiffusionModel, Geometry, StageSpec, Targets, layers
 from diffpipe.models.encoders import Encoders
 from diffpipe.models.names import Originals, Shapes, linear
+from diffpipe.models.padding import Processor, install
 
 # ComfyUI's files have the names of its own code: what is another there, and what it is originally.
 COMFYUI = (
@@ -55,6 +56,24 @@ def original_shapes() -> Shapes:
     shapes |= linear(f"{single}.modulation.linear", 3 * w, w)
     shapes |= {f"{single}.{n}_norm.weight": (head,) for n in "qk"}
     return shapes | linear("final_layer.linear", 64, w) | linear("final_layer.adaLN_modulation.1", 2 * w, w)
+
+
+class JointAttention(Processor):
+    """The clip comes first, and alone has places; a caption without layers of its own goes through the clip's."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor, image_rotary_emb: Any
+    ) -> tuple[Tensor, Tensor]:
+        clip, caption, count = hidden_states, encoder_hidden_states, hidden_states.shape[1]
+        apart = attn.add_q_proj is not None
+        query, key, value = self.heads(attn, clip if apart else torch.cat([clip, caption], 1))
+        query, key = (torch.cat([self.placed(x[:, :count], image_rotary_emb), x[:, count:]], 1) for x in (query, key))
+        if apart:
+            mine, own = (query, key, value), self.caption_heads(attn, caption)
+            query, key, value = (torch.cat(pair, 1) for pair in zip(mine, own, strict=True))
+        out = self.attend(query, key, value, attention_mask)
+        clip, caption = out[:, :count], out[:, count:]
+        return (attn.to_out[1](attn.to_out[0](clip)), attn.to_add_out(caption)) if apart else (clip, caption)
 
 
 class HunyuanVideo(DiffusionModel):
@@ -137,6 +156,11 @@ class HunyuanVideo(DiffusionModel):
         for pattern, replacement in COMFYUI:
             name = re.sub(pattern, replacement, name)
         return name
+
+    def make_module(self) -> nn.Module:
+        module = super().make_module()
+        install(module, JointAttention)
+        return module
 
     def prepare(self, batch: dict[str, Tensor], keys: Sequence[Key]) -> tuple[dict[str, Any], Targets]:
         clean = batch["latents"].float()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
 from packaging.version import Version
+from torch import Tensor, nn
 from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, restore_flash_attention_impl
 
 from diffpipe.errors import ConfigError
+from diffpipe.models.padding import padded_attention
 
 # Versions of FlashAttention-4 whose functions torch 2.11 to 2.13 call as they are; later ones give more results.
 FA4 = (Version("4.0.0b4"), Version("4.0.0b18"))
+FLASH = (8, 0)  # compute capability from which torch has flash attention
 HOPPER, BLACKWELL = 9, 10  # compute capabilities that torch gives to FlashAttention-4
 
 
@@ -61,6 +65,37 @@ def check_attention(kind: str, device: torch.device) -> None:
     why = lacks_fa4(device) if kind == "fa4" else None
     if why is not None:
         raise ConfigError(f"fa4, {why[0]}", where="model.attention", expected="sdpa, cudnn or fa4", fix=why[1])
+
+
+def packs(kind: str, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether a card of this compute capability leaves padding out of attention rather than mask it: flash attention takes 16 bits, from
+    Ampere on; cuDNN's kernels are as fast with a mask."""
+    return kind != "cudnn" and dtype.itemsize == 2 and capability >= FLASH
+
+
+def packs_here(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device does, and its kernels give what torch's own function gives with a mask."""
+    if device.type != "cuda":
+        return packs(kind, dtype, FLASH)  # as a card would, whose runs are tried on the CPU
+    if not packs(kind, dtype, torch.cuda.get_device_capability(device)) or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value, gradient = torch.randn(4, 2, 4, 200, 64, generator=generator, device=device, dtype=dtype)
+    attended = torch.ones(2, 200, dtype=torch.bool, device=device)
+    attended[0, 150:] = attended[1, 20:60] = False
+
+    def both_ways(attend: Callable[..., Tensor]) -> list[Tensor]:
+        given = [x.clone().requires_grad_() for x in (query, key, value)]
+        with torch.enable_grad():
+            out = attend(*given)
+        return [out, *torch.autograd.grad(out, given, gradient)]
+
+    try:
+        found = both_ways(lambda *given: padded_attention(*given, attended)[0])
+    except RuntimeError:  # of a kernel that has no such form
+        return False
+    wanted = both_ways(lambda *given: nn.functional.scaled_dot_product_attention(*given, attn_mask=attended[:, None, None]))
+    return all(torch.allclose(x, y, rtol=0.05, atol=0.05) for x, y in zip(found, wanted, strict=True))
 
 
 def lacks_fa4(device: torch.device) -> tuple[str, str] | None:

@@ -15,7 +15,8 @@ from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
 from diffpipe.models.adapters import attach, base_name, check_given, initialise, is_adapter, matching, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
-from diffpipe.pipeline.attention import Attention
+from diffpipe.models.padding import pack
+from diffpipe.pipeline.attention import Attention, packs_here
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
 from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.layer import MemoryLayer
@@ -43,6 +44,9 @@ def build(
         lap: told the name of each phase when it is over.
     """
     whole, spans = outline(config, model)
+    # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
+    attention = Attention(config.model.attention, mesh.device, repeats=not any(mesh.exchange(config.steps_in_backward)))
+    pack(whole, packs_here(config.model.attention, getattr(torch, config.model.dtype), mesh.device))
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
     numbers = range(mesh.stage, len(spans), mesh.stages)
@@ -63,8 +67,6 @@ def build(
     read_weights(parts, model, config, mesh.device, progress, memory.homes.values())
     lap("weights")
     memory.wrap()
-    # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
-    attention = Attention(config.model.attention, mesh.device, repeats=not any(mesh.exchange(config.steps_in_backward)))
     stages = [Stage(part, precision, mesh.device, model.objective) for part in parts]
     return Pipeline(stages, config.mesh.schedule, mesh, probe, memory, attention, shards)
 

@@ -81,12 +81,14 @@ def scratch(func: Any, args: Any) -> int:
     """Bytes that a kernel takes inside and no tensor shows.
 
     FlashAttention-2's backward pass adds up the gradient of the queries in float32 and keeps a float32 for each query
-    (``dq_accum`` and ``softmax_d``).
+    (``dq_accum`` and ``softmax_d``). Where padding is left out, keys and values are packed, and so are their gradients.
     """
-    if "attention_backward" not in str(func):
-        return 0
+    name = str(func)
+    packed = 2 * args[2 if "backward" in name else 1].nbytes if "padded_attention" in name else 0
+    if "attention_backward" not in name:
+        return packed
     queries = args[1]
-    return 4 * queries.numel() + 4 * queries.numel() // queries.shape[-1]
+    return 2 * packed + 4 * queries.numel() + 4 * queries.numel() // queries.shape[-1]
 
 
 class Ledger(TorchDispatchMode):

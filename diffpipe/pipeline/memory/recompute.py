@@ -17,6 +17,7 @@ ATTENTION = (
     "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
+    "diffpipe::padded_attention",
 )
 # Keys from which attention's result is worth keeping: what it takes rises with their number, the size of the result does not.
 LONG = 1024
@@ -53,7 +54,7 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
 
 
 def is_attention(op: Any) -> bool:
-    """Whether an operation is one of torch's attention kernels."""
+    """Whether an operation is one of torch's attention kernels, or ours."""
     return hasattr(op, "name") and op.name().removeprefix("aten::").partition(".")[0] in ATTENTION
 
 

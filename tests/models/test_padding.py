@@ -1,0 +1,54 @@
+"""Attention that leaves padding out gives what attention gives that masks it, and what diffusers' own processors give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffpipe.models import MODELS, make_model
+from diffpipe.models.padding import Processor, pack, padded_attention
+from tests.families import frames_of, microbatch, with_weights
+from tests.pipeline.test_memory import config_of
+
+Toys = Callable[[str], Path]
+
+
+def test_keys_and_values_of_padding_are_left_out_and_get_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 3, 16, generator=generator).transpose(1, 2).requires_grad_() for n in (10, 12, 12))
+    attended = torch.ones(2, 12, dtype=torch.bool)
+    attended[0, 7:] = attended[1, 2:5] = False
+    out = padded_attention(query, key, value, attended)[0]
+    wanted = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attended[:, None, None])
+    torch.testing.assert_close(out, wanted)
+    gradients, expected = (torch.autograd.grad(x.square().sum(), (query, key, value)) for x in (out, wanted))
+    torch.testing.assert_close(gradients, expected)
+    assert not gradients[1].transpose(1, 2)[~attended].any()
+    torch.library.opcheck(padded_attention, (query, key, value, attended))  # its gradients, shapes and strides, traced and not
+
+
+def processors(module: nn.Module) -> list[Processor]:
+    return [p for part in module.modules() if isinstance(p := getattr(part, "processor", None), Processor)]
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("family", sorted(MODELS))
+def test_a_denoiser_gives_what_diffusers_gives_of_captions_with_padding(toys: Toys, family: str, packs: bool) -> None:
+    config = config_of(family, toys(family), None, {})
+    model = make_model(config.model, config.objective)
+    module = with_weights(model.make_module(), model).eval()
+    if not processors(module):
+        pytest.skip("it has no processors of ours")
+    pack(module, packs)
+    assert all(p.packs == packs for p in processors(module))
+    theirs = with_weights(model.denoiser_class().from_config(model.class_config(model.denoiser_config)), model).eval()
+    inputs, _ = microbatch(model, frames=frames_of(model))
+    masks = [x for name, x in inputs.items() if name.endswith("attention_mask")]
+    assert not all(m.all() for m in masks), "there is padding"
+    with torch.no_grad():
+        got, wanted = (x(**inputs, return_dict=False)[0] for x in (module, theirs))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
