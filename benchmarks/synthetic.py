@@ -44,6 +44,7 @@ BRIEF: dict[str, Any] = {
     "adapter.dropout": 0.1,  # so that random states count
     "data.resolutions": "[64]",
     "data.workers": 0,
+    "data.encode_workers": 0,
     "eval.sets": "[]",
     "checkpoint.every_steps": 2,
 }

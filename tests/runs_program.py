@@ -44,6 +44,7 @@ def config_of(family: str, kind: str, folder: Path, stages: int) -> Config:
                 "aspect": {"min": 1.0, "max": 1.0, "count": 1},
                 "cache_dir": folder / "cache",
                 "workers": 0,
+                "encode_workers": 0,
             },
             "checkpoint": {"every_steps": 1},
             "export": {"formats": ["diffusers", "comfyui"] + (["kohya"] if kind == "lora" else []), "dtype": "float32"},

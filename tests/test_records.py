@@ -14,7 +14,10 @@ from diffpipe.metrics import RankRecord, Smoothed, Split, StepRecord, TextSink, 
 from diffpipe.trackers import scalars
 from tests.conftest import ROOT, World
 
-SMALL = ("run.steps=3", "data.resolutions=[64]", "data.workers=0", "eval.sets=[]", "batch.micro=2", "batch.accumulate=2")
+SMALL = (
+    *("run.steps=3", "data.resolutions=[64]", "data.workers=0", "data.encode_workers=0"),
+    *("eval.sets=[]", "batch.micro=2", "batch.accumulate=2"),
+)
 Records = list[dict[str, Any]]
 PARTS = ("data", "compute", "stall", "bubble", "communication")
 

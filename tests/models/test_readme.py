@@ -70,7 +70,7 @@ def config_of(family: str, checkpoint: Path, output: Path, **more: object) -> Co
         "batch": {"micro": 4, "accumulate": 1},
         "model": {"family": family, "path": str(checkpoint), "dtype": "float32"},
         "optimizer": {"lr": 3e-3},
-        "data": {"folders": [{"path": "toy:pictures"}], "resolutions": [64], "workers": 0},
+        "data": {"folders": [{"path": "toy:pictures"}], "resolutions": [64], "workers": 0, "encode_workers": 0},
         "eval": {"quantiles": [0.5], "sets": [{"name": "held", "folders": [{"path": "toy:pictures-heldout"}]}]},
         **more,
     }
