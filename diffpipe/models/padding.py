@@ -68,11 +68,10 @@ def install(denoiser: Any, kind: type[Processor]) -> None:
         block.attn.set_processor(kind())
 
 
-def pack(module: nn.Module, packs: bool) -> None:
-    """Have the processors that a denoiser has leave padding out, or mask it."""
-    for part in module.modules():
-        if isinstance(processor := getattr(part, "processor", None), Processor):
-            processor.packs = packs
+def processors(module: nn.Module) -> list[Processor]:
+    """Those of a denoiser."""
+    found = (getattr(part, "processor", None) for part in module.modules())
+    return [each for each in found if isinstance(each, Processor)]
 
 
 @torch.library.custom_op("diffpipe::padded_attention", mutates_args=(), device_types="cpu")
@@ -104,7 +103,7 @@ def padded_attention_backward(
 
 @padded_attention.register_kernel("cuda")
 def _on_cuda(query: Tensor, key: Tensor, value: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-    packed, sizes = _packed(query, key, value, attended)
+    packed, sizes = _packed(query, key, value, attended, _places(attended))
     out, total, *_ = aten._flash_attention_forward(*packed, *sizes, 0.0, False, False)
     return out.unflatten(0, (len(query), -1)).transpose(1, 2), total
 
@@ -113,22 +112,21 @@ def _on_cuda(query: Tensor, key: Tensor, value: Tensor, attended: Tensor) -> tup
 def _back_on_cuda(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, attended: Tensor, out: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    packed, sizes = _packed(query, key, value, attended)
+    places, there = _places(attended), attended.flatten()[:, None, None]
+    packed, sizes = _packed(query, key, value, attended, places)
     random = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_empty(0)  # nothing is dropped
     mine, of_keys, of_values = aten._flash_attention_backward(_rows(gradient), *packed, _rows(out), total, *sizes, 0.0, False, *random)
     # The kernel writes no gradients behind the last key that is attended to.
-    places, there = _places(attended), attended.flatten()[:, None, None]
     of_keys, of_values = (torch.where(there, g.index_select(0, places), 0) for g in (of_keys, of_values))
     mine, of_keys, of_values = (g.unflatten(0, (len(query), -1)).transpose(1, 2) for g in (mine, of_keys, of_values))
     return mine, of_keys, of_values
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor, attended: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def _packed(query: Tensor, key: Tensor, value: Tensor, attended: Tensor, places: Tensor) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """Rows (B N) H D of each, the keys and values that are attended to in front, sample by sample; and where each sample's begin, those of
     queries and of keys, with the most that one may have of each."""
     batch, _, count, _ = query.shape
     most = key.shape[2]
-    places = _places(attended)
     keys, values = (torch.empty_like(rows).index_copy_(0, places, rows) for rows in (_rows(key), _rows(value)))
     ends = attended.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     begins = torch.arange(0, (batch + 1) * count, count, dtype=torch.int32, device=query.device)

@@ -80,7 +80,7 @@ def packs_here(kind: str, dtype: torch.dtype, device: torch.device) -> bool:
     if not packs(kind, dtype, torch.cuda.get_device_capability(device)) or not torch.backends.cuda.is_flash_attention_available():
         return False
     generator = torch.Generator(device).manual_seed(0)
-    query, key, value, gradient = torch.randn(4, 2, 4, 200, 64, generator=generator, device=device, dtype=dtype)
+    query, key, value, gradient = torch.randn(4, 2, 4, 200, 128, generator=generator, device=device, dtype=dtype)
     attended = torch.ones(2, 200, dtype=torch.bool, device=device)
     attended[0, 150:] = attended[1, 20:60] = False
 

@@ -15,7 +15,7 @@ from diffpipe.errors import ConfigError
 from diffpipe.models.adapter_files import read_adapter
 from diffpipe.models.adapters import attach, base_name, check_given, initialise, is_adapter, matching, resolve_targets
 from diffpipe.models.base import DiffusionModel, StageSpec
-from diffpipe.models.padding import pack
+from diffpipe.models.padding import processors
 from diffpipe.pipeline.attention import Attention, packs_here
 from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
 from diffpipe.pipeline.memory.chunks import chunk
@@ -46,7 +46,10 @@ def build(
     whole, spans = outline(config, model)
     # A step cannot be repeated once weights have moved in its backward pass, on whichever stage.
     attention = Attention(config.model.attention, mesh.device, repeats=not any(mesh.exchange(config.steps_in_backward)))
-    pack(whole, packs_here(config.model.attention, getattr(torch, config.model.dtype), mesh.device))
+    padded = processors(whole)
+    packs = bool(padded) and packs_here(config.model.attention, getattr(torch, config.model.dtype), mesh.device)
+    for processor in padded:
+        processor.packs = packs
     precision = precision_of(config, mesh.device)
     fakes = Fakes(mesh.device)
     numbers = range(mesh.stage, len(spans), mesh.stages)

@@ -14,7 +14,7 @@ from diffpipe.config.schema import Config, MemoryConfig
 from diffpipe.flow import Key
 from diffpipe.models.adapters import is_adapter
 from diffpipe.models.base import DiffusionModel, Targets
-from diffpipe.models.padding import pack
+from diffpipe.models.padding import processors
 from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.attention import packs
 from diffpipe.pipeline.build import outline, parts_of, precision_of
@@ -104,7 +104,8 @@ class Rehearsal:
     def __init__(self, config: Config, model: DiffusionModel, stage: int, card: Card) -> None:
         self.config, self.model, self.stage, self.card = config, model, stage, card
         whole, spans = outline(config, model)
-        pack(whole, packs(config.model.attention, getattr(torch, config.model.dtype), card.capability))
+        for processor in processors(whole):
+            processor.packs = packs(config.model.attention, getattr(torch, config.model.dtype), card.capability)
         self.fakes = Fakes(CPU)
         self.precision = precision_of(config, CPU)
         self.numbers = range(stage, len(spans), config.mesh.stages)

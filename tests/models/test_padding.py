@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from diffpipe.models import MODELS, make_model
-from diffpipe.models.padding import Processor, pack, padded_attention
+from diffpipe.models.padding import padded_attention, processors
 from tests.families import frames_of, microbatch, with_weights
 from tests.pipeline.test_memory import config_of
 
@@ -31,10 +31,6 @@ def test_keys_and_values_of_padding_are_left_out_and_get_no_gradient() -> None:
     torch.library.opcheck(padded_attention, (query, key, value, attended))  # its gradients, shapes and strides, traced and not
 
 
-def processors(module: nn.Module) -> list[Processor]:
-    return [p for part in module.modules() if isinstance(p := getattr(part, "processor", None), Processor)]
-
-
 @pytest.mark.parametrize("family", sorted(MODELS))
 def test_a_denoiser_gives_what_diffusers_gives_of_captions_with_padding(toys: Toys, family: str) -> None:
     config = config_of(family, toys(family), None, {})
@@ -49,6 +45,6 @@ def test_a_denoiser_gives_what_diffusers_gives_of_captions_with_padding(toys: To
     with torch.no_grad():
         wanted = with_weights(theirs, model)(**inputs, return_dict=False)[0]
         for packs in (False, True):
-            pack(module, packs)
-            assert all(p.packs == packs for p in processors(module))
+            for processor in processors(module):
+                processor.packs = packs
             torch.testing.assert_close(with_weights(module, model)(**inputs, return_dict=False)[0], wanted, rtol=1e-4, atol=1e-5)
