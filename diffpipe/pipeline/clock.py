@@ -14,7 +14,7 @@ class Clock:
     """Adds up the time between ``start`` and ``stop``; on CUDA with events, so that it never waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.spans: list[tuple[Any, Any]] = []
         self.begun: Any = None
 
@@ -22,7 +22,7 @@ class Clock:
         if not self.cuda:
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))
         return event
 
     def start(self) -> None:

@@ -21,14 +21,14 @@ class Kept:
 
     Attributes:
         leaving: the activation on the device, until its copy to the host is waited for.
-        back: the activation on the device again, and the event of its copy.
+        back: the activation on the device again, once its pass has come back.
     """
 
-    def __init__(self, offload: Offload, unit: int, tensor: Tensor, host: Tensor, written: Any) -> None:
-        self.offload, self.unit, self.host, self.written = offload, unit, host, written
+    def __init__(self, offload: Offload, of: Pass, tensor: Tensor, host: Tensor) -> None:
+        self.offload, self.of, self.host = offload, of, host
         self.shape, self.stride, self.dtype, self.bytes = tensor.shape, tensor.stride(), tensor.dtype, tensor.nbytes
         self.leaving: Tensor | None = tensor
-        self.back: tuple[Tensor, Any] | None = None
+        self.back: Tensor | None = None
 
     def restore(self) -> Tensor:
         """The activation on the device; those that are needed next are on their way from now on."""
@@ -37,6 +37,29 @@ class Kept:
     def laid_out(self, flat: Tensor) -> Tensor:
         """A buffer's first bytes as the activation, its strides kept: kernels round by how their inputs lie."""
         return flat[: self.bytes].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+class Pass:
+    """What one forward pass of a unit saves. It leaves together and comes back together: each wait costs the host as much as a kernel.
+
+    Args:
+        before: the forward pass before it, whose backward pass comes after.
+
+    Attributes:
+        written: the event after which all of it is in host memory; None until it is on its way.
+        away: of what is to be brought back.
+        arrived: the event after which what was brought back may be used; None once that is waited for.
+    """
+
+    def __init__(self, before: Pass | None) -> None:
+        self.before = before
+        self.away: list[weakref.ref[Kept]] = []
+        self.written: Any = None
+        self.arrived: Any = None
+
+    def kept(self) -> list[Kept]:
+        """What is still needed of what is to be brought back."""
+        return [kept for reference in self.away if (kept := reference()) is not None]
 
 
 class Offload:
@@ -61,107 +84,116 @@ class Offload:
         self.device, self.threshold, self.memory = device, threshold, memory
         self.streams = streams or torch.get_device_module(device)
         self.out, self.back = self.streams.Stream(device), self.streams.Stream(device)
-        self.pool: dict[int, list[tuple[Tensor, Any]]] = {}
-        self.units: list[list[weakref.ref[Kept]]] = []  # what each unit's forward pass saved, in the order of the passes
+        self.pool: dict[int, list[Tensor]] = {}
+        self.last: Pass | None = None  # of the step
         self.held = 0  # bytes of host memory
         self.moved = 0  # bytes copied to the host
         self.clock = Clock(device)
 
     def begin(self) -> None:
         """A step begins; nothing that was saved before is needed any more."""
-        self.units.clear()
+        self.last = None
 
     def packer(self) -> Packer:
-        """Moves what one forward pass of a unit saves."""
-        mine: list[weakref.ref[Kept]] = []
-        number = len(self.units)
-        if number > 1:
-            for kept in _alive(self.units[number - 2]):
-                self._let_go(kept)
-        self.units.append(mine)
+        """Moves what one forward pass of a unit saves, once the next begins or the backward pass does."""
+        self._send()
+        if self.last is not None and self.last.before is not None:
+            self._let_go(self.last.before)
+        self.last = mine = Pass(self.last)
 
         def pack(tensor: Tensor) -> Kept | None:
             if kept_alive(tensor) < self.threshold or tensor.device.type != self.device.type or not _dense(tensor) or _weight(tensor):
                 return None
-            kept = self._away(tensor.detach(), number)
-            mine.append(weakref.ref(kept))
+            kept = Kept(self, mine, tensor.detach(), self._take(tensor.nbytes))
+            weakref.finalize(kept, self._give_back, kept.host)
+            mine.away.append(weakref.ref(kept))
             return kept
 
         return pack
 
-    def _away(self, tensor: Tensor, unit: int) -> Kept:
-        host, free = self._take(tensor.nbytes)
-        kept = Kept(self, unit, tensor, host, self.streams.Event())
-        self.moved += tensor.nbytes
+    def _send(self) -> None:
+        """Start to copy to the host what the last forward pass saved."""
+        if self.last is None or self.last.written is not None:
+            return
         self.out.wait_stream(self.streams.current_stream(self.device))
-        if free is not None:
-            self.out.wait_event(free)
+        self.out.wait_stream(self.back)  # which may still read what buffers held before
         with self.streams.stream(self.out):
-            kept.laid_out(host).copy_(tensor, non_blocking=True)
-        kept.written.record(self.out)
-        weakref.finalize(kept, self._give_back, host)
-        return kept
+            for kept in self.last.kept():
+                assert kept.leaving is not None
+                kept.laid_out(kept.host).copy_(kept.leaving, non_blocking=True)
+                self.moved += kept.bytes
+        self.last.written = end_of(self.out, self.streams)
 
-    def _let_go(self, kept: Kept) -> None:
-        """Free an activation's memory on the device for what is computed once its copy is done."""
-        if kept.leaving is not None:
-            self.clock.start()
-            self.streams.current_stream(self.device).wait_event(kept.written)
-            self.clock.stop()
-        kept.leaving = None
+    def _let_go(self, gone: Pass) -> None:
+        """Free a pass's activations on the device for what is computed once their copies are done."""
+        leaving = [kept for kept in gone.kept() if kept.leaving is not None]
+        if leaving:
+            self._wait(gone.written)
+        for kept in leaving:
+            kept.leaving = None
 
     def restore(self, kept: Kept) -> Tensor:
-        """An activation on the device; what the unit before its own saved is fetched from now on."""
-        self.clock.start()
-        self._fetch(kept)
-        assert kept.back is not None
-        tensor, event = kept.back
-        kept.back = None  # the caller's now; it must not stay longer than it is used
-        self.streams.current_stream(self.device).wait_event(event)
-        self.clock.stop()
-        if 0 < kept.unit <= len(self.units):
-            for other in _alive(self.units[kept.unit - 1]):
-                self._fetch(other)
+        """An activation on the device; what the pass before its own saved is fetched from now on."""
+        self._send()
+        mine = kept.of
+        if kept.back is None:
+            if not mine.away:
+                mine.away = [weakref.ref(kept)]  # read a second time
+            self._fetch(mine)
+        if mine.arrived is not None:
+            self._wait(mine.arrived)
+            mine.arrived = None
+            if mine.before is not None:
+                self._fetch(mine.before)
+        tensor, kept.back = kept.back, None  # the caller's now; it must not stay longer than it is used
+        assert tensor is not None
         return tensor
 
-    def _fetch(self, kept: Kept) -> None:
-        """Start to bring an activation back."""
-        if kept.back is not None:
+    def _fetch(self, mine: Pass) -> None:
+        """Start to bring a pass's activations back."""
+        coming = mine.kept()
+        mine.away = []
+        if not coming:
             return
-        if kept.leaving is not None:
+        mine.arrived = mine.written
+        absent = [kept for kept in coming if kept.leaving is None]
+        for kept in coming:
             # Of the last units, whose backward passes come first: still there.
-            kept.back, kept.leaving = (kept.leaving, kept.written), None
+            kept.back, kept.leaving = kept.leaving, None
+        if not absent:
             return
         # Memory of the computation's own stream: free for the copy when all that is queued now is done, and again after its last use.
-        flat = torch.empty(kept.bytes, dtype=torch.uint8, device=self.device)
+        flats = [torch.empty(kept.bytes, dtype=torch.uint8, device=self.device) for kept in absent]
         self.back.wait_stream(self.streams.current_stream(self.device))
-        self.back.wait_event(kept.written)
+        self.back.wait_event(mine.written)
         with self.streams.stream(self.back):
-            tensor = kept.laid_out(flat)
-            tensor.copy_(kept.laid_out(kept.host), non_blocking=True)
-        kept.back = (tensor, end_of(self.back, self.streams))
+            for kept, flat in zip(absent, flats, strict=True):
+                kept.back = kept.laid_out(flat)
+                kept.back.copy_(kept.laid_out(kept.host), non_blocking=True)
+        mine.arrived = end_of(self.back, self.streams)
 
-    def _take(self, count: int) -> tuple[Tensor, Any]:
-        """A host buffer of at least ``count`` bytes, and the event after which it may be written."""
+    def _wait(self, event: Any) -> None:
+        self.clock.start()
+        self.streams.current_stream(self.device).wait_event(event)
+        self.clock.stop()
+
+    def _take(self, count: int) -> Tensor:
+        """A host buffer of at least ``count`` bytes, to be written on the way out."""
         size = -(-count // PAGE) * PAGE
         free = self.pool.setdefault(size, [])
         if free:
             return free.pop()
         self.held += size
-        return self.memory.take(size), None
+        return self.memory.take(size)
 
     def _give_back(self, host: Tensor) -> None:
-        """A buffer's activation is gone: it may be written once what was queued to read it has done so."""
-        self.pool.setdefault(host.numel(), []).append((host, end_of(self.back, self.streams)))
+        """A buffer's activation is gone."""
+        self.pool.setdefault(host.numel(), []).append(host)
 
 
 def kept_alive(tensor: Tensor) -> int:
     """Bytes of memory that a saved tensor holds: the smaller of two halves of one result holds the memory of both."""
     return tensor.untyped_storage().nbytes()
-
-
-def _alive(references: list[weakref.ref[Kept]]) -> list[Kept]:
-    return [kept for reference in references if (kept := reference()) is not None]
 
 
 def _dense(tensor: Tensor) -> bool:
