@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -29,6 +30,8 @@ class Pack:
 
     def __init__(self, parameters: list[nn.Parameter], states: list[dict[str, Any]]) -> None:
         self.parameters, self.states = parameters, states
+        # Entries that lay side by side when last looked at; to ask each of a thousand where it lies takes the host long.
+        self.known: dict[str, list[weakref.ref[Tensor]]] = {}
 
     def fits(self, optimizer: AdamW8bit) -> bool:
         """Whether it still is what the optimizer keeps."""
@@ -51,18 +54,25 @@ class Pack:
     def entry(self, name: str) -> Tensor:
         """An entry of all states as one flat tensor, whose views the states' own are from then on."""
         tensors: list[Tensor] = [state[name] for state in self.states]
-        first = tensors[0]
-        place, offset = first.data_ptr(), first.storage_offset()
-        for t in tensors:
-            if t.data_ptr() != place or t.storage_offset() != offset:  # next to each other, and not by chance
-                break
-            place, offset = place + t.nbytes, offset + t.numel()
-        else:
-            return first.as_strided((offset - first.storage_offset(),), (1,))
-        flat = _flatten_dense_tensors(tuple(tensors))
-        for state, part in zip(self.states, _unflatten_dense_tensors(flat, tuple(tensors)), strict=True):
-            state[name] = part
-        return flat
+        known = self.known.get(name)
+        if known is None or not all(ref() is t for ref, t in zip(known, tensors, strict=True)):
+            if not _side_by_side(tensors):
+                flat = _flatten_dense_tensors(tuple(tensors))
+                for state, part in zip(self.states, _unflatten_dense_tensors(flat, tuple(tensors)), strict=True):
+                    state[name] = part
+            tensors = [state[name] for state in self.states]
+            self.known[name] = [weakref.ref(t) for t in tensors]
+        return tensors[0].as_strided((sum(t.numel() for t in tensors),), (1,))
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> bool:
+    """Whether each begins where the one before it ends, and not by chance."""
+    place, offset = tensors[0].data_ptr(), tensors[0].storage_offset()
+    for t in tensors:
+        if t.data_ptr() != place or t.storage_offset() != offset:
+            return False
+        place, offset = place + t.nbytes, offset + t.numel()
+    return True
 
 
 class PackedAdamW8bit(AdamW8bit):

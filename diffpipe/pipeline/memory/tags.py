@@ -13,7 +13,8 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
-from diffpipe.pipeline.memory import recompute
+from diffpipe.pipeline.memory import merging, recompute
+from diffpipe.pipeline.memory.merging import merge
 from diffpipe.pipeline.memory.recompute import LONG, is_attention
 
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
@@ -39,7 +40,7 @@ class Cut(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         # What was compiled before is found again by it: as long as nothing that decides the cut has changed.
-        return get_hash_for_files((__file__, recompute.__file__), self.policy)
+        return get_hash_for_files((__file__, merging.__file__, recompute.__file__), self.policy)
 
 
 def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -52,6 +53,7 @@ def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> 
     """
     from functorch.compile import min_cut_rematerialization_partition
 
+    module.graph = merge(module.graph)
     if policy != "none":
         tag(module.graph, policy)
     _write_sums(module.graph)
