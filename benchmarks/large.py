@@ -89,11 +89,8 @@ def run_rank(given: argparse.Namespace) -> None:
         if mesh.reporter:
             seconds = statistics.median(times[1:])
             memory = ", ".join(f"{h / 2**30:.1f} ({f / 2**30:.1f})" for _, (h, f) in sorted(stages.items()))
-            # Of replicas, each has as many microbatches less: what is foreseen of the stages is what the order of passes leaves.
-            print(
-                f"{seconds} {1 - placement.course.bubble} {placement.mesh.schedule} {memory} | {losses[0]:.5f}, {losses[-1]:.5f}",
-                flush=True,
-            )
+            told = [f"{seconds}", f"{1 - placement.course.bubble}", placement.mesh.schedule]
+            print(*told, memory, "|", f"{losses[0]:.5f}, {losses[-1]:.5f}", flush=True)
 
 
 def main() -> None:
