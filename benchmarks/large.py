@@ -67,6 +67,8 @@ def run_rank(given: argparse.Namespace) -> None:
         optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         set_rates(optimizer, 1.0)
         cuda, count = mesh.device.type == "cuda", config.batch.accumulate
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()  # what building took
         times, losses = [], []
         for step in range(given.steps + 1):
             every = microbatches(model, height, width, frames, given.microbatches, step)
