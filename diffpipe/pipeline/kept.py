@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Kept(Generic[T]):
-    """The schedule of the last step, and nothing of those before: until torch 2.15 each holds receive buffers.
+    """The schedule of the last step.
 
     To make one takes milliseconds: torch's stages walk through their modules, and tell each other along the pipeline and back that
     their metadata is given.
@@ -28,7 +28,6 @@ class Kept(Generic[T]):
         """
         held, self.held = self.held, None
         if held is None or held[0] != made_for:
-            held = None  # its buffers go before others come
             held = made_for, make()
         yield held[1]
         self.held = held

@@ -303,7 +303,9 @@ class Rehearsal:
                 leaving += [sum_errors(sent, wanted, loss.loss, loss.delta)] if part.last and wanted else sent
             return leaving
 
-        return self.recorder.record([*self.holder.parameters(), *self.holder.buffers()], given, forward)
+        timeline = self.recorder.record([*self.holder.parameters(), *self.holder.buffers()], given, forward)
+        timeline.arriving = sum(rounded(t.nbytes) for payload in payloads for t in payload)
+        return timeline
 
     def _fake(self, name: str, x: Any) -> Any:
         if not isinstance(x, Tensor):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
@@ -30,6 +29,7 @@ from diffpipe.pipeline.kept import Kept
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.receiving import ReceivingStage
 from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
@@ -236,7 +236,7 @@ class Pipeline:
             torch.stack(losses).sum().backward()
         return losses
 
-    def _torch_stage(self, stage: Stage, number: int, before: Border, after: Border) -> PipelineStage:
+    def _torch_stage(self, stage: Stage, number: int, before: Border, after: Border) -> ReceivingStage:
         return _Timed(
             self.clock,
             stage,
@@ -249,7 +249,7 @@ class Pipeline:
         )
 
 
-class _Timed(PipelineStage):
+class _Timed(ReceivingStage):
     """Times what a schedule has this stage compute; none of it waits for others."""
 
     def __init__(self, clock: Clock, *args: Any, **kwargs: Any) -> None:

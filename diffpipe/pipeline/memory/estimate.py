@@ -178,7 +178,7 @@ class _Replay:
         self.there: set[tuple[int, int]] = set()  # storages that are alive outside of units
         self.kept = self.loose = self.casts = self.gradients = self.flight = self.host = 0
         self.leaving: list[int] = []  # bytes of each unit's activations on their way to the host
-        self.inputs = sum(timeline.bytes.get(s, 0) for s in timeline.given) * microbatches
+        self.inputs = sum(timeline.bytes.get(s, 0) for s in timeline.given) * microbatches + timeline.arriving * in_flight
         self.peak = Peak()
 
     def run(self) -> Peak:

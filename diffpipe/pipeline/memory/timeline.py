@@ -50,6 +50,7 @@ class Timeline:
         ahead, back: what happens in the forward and in the backward pass.
         bytes: of each storage.
         given: storages of the model's inputs and targets.
+        arriving: bytes of what comes from other stages.
         gradients: storages of gradients of weights outside units.
         calls: how each kind of unit is called, with the number of one.
         work: outside of units.
@@ -59,6 +60,7 @@ class Timeline:
     back: list[Change | Visit] = field(default_factory=list)
     bytes: dict[int, int] = field(default_factory=dict)
     given: set[int] = field(default_factory=set)
+    arriving: int = 0
     gradients: set[int] = field(default_factory=set)
     calls: dict[Kind, tuple[int, Call]] = field(default_factory=dict)
     work: Work = field(default_factory=Work)
