@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,8 +79,19 @@ def compare(case: str, config: Config, mesh: Mesh) -> None:
     for name, p in pipeline.module.named_parameters():
         if p.requires_grad:
             near(gathered(p.detach()), expected[name].detach(), f"{case} {name}")
+    assert pipeline.kept.held is not None
+    assert not held_between_steps(pipeline.kept.held[1]), f"{case} holds memory for what stages receive between steps"
     if mesh.reporter:
         print(f"same: {case}", flush=True)
+
+
+def held_between_steps(schedule: Any) -> list[Tensor]:
+    """What stages have on their device to receive into."""
+    stages = getattr(schedule, "_stages", None) or [schedule._stage]
+    every = [info for s in stages for infos in (*s.args_recv_info.values(), *s.grad_recv_info.values()) for info in infos]
+    assert every
+    buffers = [getattr(info, "buffer", None) for info in every]
+    return [b for b in buffers if b is not None and not b.is_meta]
 
 
 def near(found: Tensor, wanted: Tensor, what: str) -> None:
