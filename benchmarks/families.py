@@ -8,6 +8,7 @@ how much memory.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -102,6 +103,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for family in given.families:
             print(run(family, given.steps, Path(folder)), flush=True)
+            gc.collect()  # its parts know each other, and would be counted with the next family's
             torch.cuda.empty_cache()
 
 
