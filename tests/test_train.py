@@ -155,14 +155,17 @@ def test_a_mistake_ends_with_exit_code_1_and_a_message_without_a_traceback(
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("launcher", "settings", "told"),
     [
-        ({"mesh.stages": 1}, "expected: 1 process"),
-        ({"mesh.stages": 2, "mesh.schedule": "interleaved", "mesh.spans": 9}, "2 stages of 9 spans for 8 units"),
+        ("torchrun", {"mesh.stages": 1}, "expected: 1 process"),
+        ("world", {"mesh.stages": 2, "mesh.schedule": "interleaved", "mesh.spans": 9}, "2 stages of 9 spans for 8 units"),
     ],
 )
-def test_every_process_of_a_launch_ends_with_the_mistake(torchrun: World, tmp_path: Path, settings: dict[str, object], told: str) -> None:
-    done = torchrun(2, *PROGRAM, *arguments(tmp_path / "run", **settings), check=False)
+def test_every_process_of_a_launch_ends_with_the_mistake(
+    request: pytest.FixtureRequest, tmp_path: Path, launcher: str, settings: dict[str, object], told: str
+) -> None:
+    launch: World = request.getfixturevalue(launcher)
+    done = launch(2, *PROGRAM, *arguments(tmp_path / "run", **settings), check=False)
     assert done.returncode == 1
     assert told in done.stderr
     # torchrun adds a report of its own after the message.

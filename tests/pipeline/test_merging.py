@@ -75,8 +75,7 @@ def test_layers_of_other_inputs_and_wide_ones_are_left_alone(ranks: tuple[int, .
     assert before["aten.mm.default"] == after["aten.mm.default"]
 
 
-@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("policy", ["none", "block"])
+@pytest.mark.parametrize(("policy", "rows"), [("none", torch.float32), ("block", torch.bfloat16)])
 def test_merged_products_change_no_number_but_by_rounding(policy: str, rows: torch.dtype) -> None:
     torch.manual_seed(0)
     block = Adapted((4, 4, 8))
