@@ -24,12 +24,12 @@ from diffpipe.models.base import Targets
 from diffpipe.pipeline.attention import Attention
 from diffpipe.pipeline.averaging import Averaging
 from diffpipe.pipeline.clock import Clock
+from diffpipe.pipeline.crossing import CrossingStage
 from diffpipe.pipeline.cut import NOTHING, Border, Probe, joined
 from diffpipe.pipeline.kept import Kept
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
-from diffpipe.pipeline.receiving import ReceivingStage
 from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
@@ -207,22 +207,26 @@ class Pipeline:
         """Each microbatch through all units; the losses on the last stage."""
         last = self.mesh.stage == self.mesh.stages - 1
         own = self._numbered()
+        halved = self.order == "zero-bubble"
+        behind = 2 * self.mesh.stages if len(own) > 1 or halved else None
 
-        def make() -> Any:
-            stages: list[Any] = [self._torch_stage(stage, number, borders[number], borders[number + 1]) for number, stage in own]
+        def make() -> tuple[Any, list[Any]]:
+            stages: list[Any] = [self._torch_stage(stage, number, borders[number], borders[number + 1], behind) for number, stage in own]
             # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
             given: dict[str, Any] = {"loss_fn": lambda loss, number: loss, "scale_grads": False}
-            if len(stages) > 1 or self.order == "zero-bubble":
-                split = ScheduleInterleavedZeroBubble if self.order == "zero-bubble" else ScheduleInterleaved1F1B
-                return (split if torch.is_grad_enabled() else ScheduleLoopedBFS)(stages, count, **given)
+            if behind is not None:
+                split = ScheduleInterleavedZeroBubble if halved else ScheduleInterleaved1F1B
+                return (split if torch.is_grad_enabled() else ScheduleLoopedBFS)(stages, count, **given), stages
             all_ahead = self.order == "gpipe" or count < self.mesh.stages
-            return (ScheduleGPipe if all_ahead else Schedule1F1B)(stages[0], count, **given)
+            return (ScheduleGPipe if all_ahead else Schedule1F1B)(stages[0], count, **given), stages
 
         numbers = torch.arange(count)
         losses: list[Tensor] = []
         crossed = [border for number, _ in own for border in borders[number : number + 2]]
-        with self.kept.of((count, torch.is_grad_enabled(), *crossed), make) as schedule:
+        with self.kept.of((count, torch.is_grad_enabled(), *crossed), make) as (schedule, stages):
             run(schedule, target=numbers if last else None, losses=losses if last else None, return_outputs=False, microbatch=numbers)
+            for stage in stages:
+                stage.settle()
         return losses
 
     def _together(self, count: int) -> list[Tensor]:
@@ -236,7 +240,7 @@ class Pipeline:
             torch.stack(losses).sum().backward()
         return losses
 
-    def _torch_stage(self, stage: Stage, number: int, before: Border, after: Border) -> ReceivingStage:
+    def _torch_stage(self, stage: Stage, number: int, before: Border, after: Border, behind: int | None) -> CrossingStage:
         return _Timed(
             self.clock,
             stage,
@@ -246,10 +250,11 @@ class Pipeline:
             input_args=before.tensors,
             output_args=after.tensors or torch.empty((), device="meta"),
             group=self.mesh.stage_group,
+            behind=behind,
         )
 
 
-class _Timed(ReceivingStage):
+class _Timed(CrossingStage):
     """Times what a schedule has this stage compute; none of it waits for others."""
 
     def __init__(self, clock: Clock, *args: Any, **kwargs: Any) -> None:
