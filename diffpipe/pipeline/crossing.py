@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _batch_p2p
 
-LETS_GO = Version(torch.__version__).release[:2] >= (2, 15)  # torch does all of this itself
+FILLS = Version(torch.__version__).release[:2] >= (2, 15)  # torch itself takes memory to receive into when something comes
 
 
 class CrossingStage(PipelineStage):
     """Takes memory for a payload or its gradients when they are about to come, and leaves it to the passes that use them.
 
-    Before torch 2.15 ``PipelineStage`` holds memory to receive into for every microbatch of a step, both ways, as long as its schedule
-    is there, and schedules of several spans hold all that was sent until the step ends: for eight microbatches of Wan 14B at 9,216
-    tokens more than 2 GiB each. Here the former is held only until the first pass begins.
+    Schedules of several spans hold all that was sent until the step ends, and before torch 2.15 ``PipelineStage`` holds memory to receive
+    into for every microbatch of a step, both ways, as long as its schedule is there: for eight microbatches of Wan 14B at 9,216 tokens
+    more than 2 GiB each. Here the latter is held only until the first pass begins.
 
     Args:
         behind: how many sends, each way, the computation may be ahead of before it waits for the oldest; None leaves all to the schedule.
@@ -30,8 +30,7 @@ class CrossingStage(PipelineStage):
 
     def __init__(self, *args: Any, behind: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.behind = None if LETS_GO else behind
-        self.emptied = False
+        self.behind, self.emptied = behind, False
         self.ahead: deque[list[dist.Work]] = deque()  # payloads under way
         self.back: deque[list[dist.Work]] = deque()  # and gradients
 
@@ -103,5 +102,5 @@ def _fill(infos: Iterable[Any], device: torch.device) -> None:
 
 def _replace(info: Any, device: torch.device) -> None:
     buffer = getattr(info, "buffer", None)
-    if isinstance(buffer, Tensor) and not LETS_GO:
+    if isinstance(buffer, Tensor) and not FILLS:
         info.buffer = torch.empty_like(buffer.detach(), device=device).requires_grad_(buffer.requires_grad)
