@@ -20,8 +20,8 @@ class CrossingStage(PipelineStage):
     """Takes memory for a payload or its gradients when they are about to come, and leaves it to the passes that use them.
 
     Schedules of several spans hold all that was sent until the step ends, and before torch 2.15 ``PipelineStage`` holds memory to receive
-    into for every microbatch of a step, both ways, as long as its schedule is there: for eight microbatches of Wan 14B at 9,216 tokens
-    more than 2 GiB each. Here the latter is held only until the first pass begins.
+    into for every microbatch of a step, both ways, as long as its schedule is there: by the size of their payloads, for eight microbatches
+    of Wan 14B at 9,216 tokens through two spans a stage, more than 2 GiB each. Here the latter is held only until the first pass begins.
 
     Args:
         behind: how many sends, each way, the computation may be ahead of before it waits for the oldest; None leaves all to the schedule.

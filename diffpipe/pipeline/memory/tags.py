@@ -14,11 +14,10 @@ from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
 from diffpipe.pipeline.memory import merging, recompute
-from diffpipe.pipeline.memory.merging import merge
+from diffpipe.pipeline.memory.merging import CONVERT, merge
 from diffpipe.pipeline.memory.recompute import LONG, is_attention
 
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
-CONVERT = torch.ops.prims.convert_element_type.default
 WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes its result to memory
 THIN = 64  # how many times smaller than its weight both rows and result of a product are, for the result to be kept
 WIDE = 8 * LONG  # from here on, a value of a product takes as long to compute as one of long attention, whose arithmetic is slower
