@@ -18,6 +18,7 @@ from diffpipe.errors import DiffpipeError
 from diffpipe.metrics import TextSink
 from diffpipe.models import MODELS, make_model
 from diffpipe.models.padding import padded_attention
+from diffpipe.optim import make_optimizer, set_rates
 from diffpipe.pipeline.attention import lacks_fa4, packs_here
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import compiled
@@ -26,7 +27,8 @@ from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.rehearsal import Rehearsal
 from diffpipe.train import train
 from tests.conftest import World
-from tests.pipeline.test_memory import POLICIES, steps_of
+from tests.pipeline.test_memory import POLICIES, built, steps_of
+from tests.pipeline.test_memory import batch_of as numbered
 from tests.pipeline.test_memory import config_of as config_with
 from tests.pipeline.test_quantize import KINDS, layer_of, passed, plain_layer
 from tests.pipeline.test_rehearsal import CARD, batch_of, bucket_of
@@ -273,6 +275,50 @@ def test_streams_that_lag_at_random_change_no_number(
         got = run()
     assert delays.count > 100
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+STREAMED = {"swap": "all", "offload": True, "offload_threshold": 0.001}
+REPLAYED = [(family, {}, 2) for family in sorted(MODELS)] + [
+    ("flux", {"recompute": "none", "compile": True}, 1),
+    ("flux", {**STREAMED, "room": 0.4, "recompute": "selective", "compile": True}, 1),
+    ("wan", {**STREAMED, "recompute": "parts", "compile": True}, 3),
+    ("wan", {**STREAMED, "order": "microbatch"}, 3),
+    ("sdxl", {"swap": 2, "offload": True, "offload_threshold": 0.001}, 2),
+]
+
+
+@pytest.mark.parametrize(("family", "memory", "count"), REPLAYED, ids=str)
+def test_replayed_steps_train_as_those_that_are_queued(
+    toys: Callable[[str], Path], family: str, memory: dict[str, Any], count: int
+) -> None:
+    def run(captures: bool) -> tuple[list[float], list[dict[str, Tensor]], int]:
+        given = {"optimizer": {"clip": None, "kind": "adamw"}, "batch": {"accumulate": count}}
+        config = config_with(family, toys(family), {"rank": 4, "dropout": 0.1}, {**memory, "cuda_graphs": captures}, **given)
+        model = make_model(config.model, config.objective)
+        told, weights = [], []
+        with open_mesh(config.mesh) as mesh:
+            pipeline = built(config, model, mesh)
+            stepper = make_optimizer(config.optimizer, pipeline.trained.items())
+            release = pipeline.memory.release_with(stepper, mesh.mean_over_replicas)
+            set_rates(stepper, 1e-3)
+            torch.cuda.manual_seed(7)
+            for step in range(10):
+                told.append(pipeline.train(numbered(model, step, count)).item())
+                told += pipeline.losses().tolist()
+                release.step_rest()
+                if step == 6:  # what lies on the device is another then, and what was left there must not be taken for what is needed
+                    told.append(pipeline.evaluate(numbered(model, 99, count)).item())
+                weights.append({n: p.detach().clone() for n, p in pipeline.module.named_parameters() if p.requires_grad})
+            captured = 0 if pipeline.replays is None else len(pipeline.replays.captured)
+            assert not captures or (pipeline.replays is not None and pipeline.replays.held > 0), "the last step was replayed"
+        return told, weights, captured
+
+    (told, weights, none), (got, moved, captured) = run(False), run(True)
+    assert (none, captured) == (0, 1)
+    assert got == pytest.approx(told, rel=1e-5)
+    for mine, wanted in zip(moved, weights, strict=True):
+        for name, value in mine.items():
+            torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize(

@@ -629,6 +629,12 @@ class MemoryConfig(Section):
         " `fp8-block` and `nf4` are always brought to model.dtype first.",
     )
     compile: bool = Field(default=False, description="Compile each block with torch.compile, once for each kind of block and bucket.")
+    cuda_graphs: bool = Field(
+        default=False,
+        description="Capture the passes of a step as a CUDA graph, once for each bucket, and replay it: faster where the device waits for"
+        " the host, as at one sample a step. What a step holds of activations is taken twice while a further bucket is first met. It"
+        " needs a CUDA device, one process, and weights that are stepped behind the backward pass.",
+    )
 
     def policy_of(self, unit: int) -> str:
         """What the backward pass of a unit computes again, as ``recompute`` has it, by the unit's number within its stage."""
@@ -729,6 +735,23 @@ class Config(Section):
             raise ValueError(
                 "memory.on_oom is adapt, which needs mesh.stages 1, an adapter section and no optimizer.release; set it to stop"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _capturing_fits(self) -> Config:
+        mesh = self.mesh
+        found = [
+            (
+                mesh.stages * mesh.replicate * mesh.shard > 1,
+                "mesh.stages, replicate and shard must be 1: a process waits for no other there",
+            ),
+            (self.optimizer.release, "optimizer.release must be false: steps of the optimizer are no part of a graph"),
+            (self.adapter is None and bool(self.memory.swap), "memory.swap must be 0 without an adapter section, for the same reason"),
+            (bool(self.memory.swap) and not self.memory.pin, "memory.pin must be true: a graph copies from page-locked memory alone"),
+        ]
+        faults = [told for unfit, told in found if unfit]
+        if self.memory.cuda_graphs and faults:
+            raise ValueError(f"memory.cuda_graphs is true, so {'; '.join(faults)}; or set it to false")
         return self
 
     @model_validator(mode="after")

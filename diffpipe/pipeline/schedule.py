@@ -30,6 +30,7 @@ from diffpipe.pipeline.kept import Kept
 from diffpipe.pipeline.lockstep import Lockstep
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.mesh import Mesh
+from diffpipe.pipeline.replay import Outcome, Replays
 from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
@@ -80,6 +81,8 @@ class Pipeline:
         self._set_order()
 
     def _set_order(self) -> None:
+        graphs = self.memory.config.cuda_graphs
+        self.replays = Replays(self.memory, [p for p in self.module.parameters() if p.requires_grad], self.mesh.device) if graphs else None
         self.lockstep: Lockstep | None = None
         if self.memory.order == "layer" and self.mesh.stages == 1:
             self.lockstep = Lockstep()
@@ -180,23 +183,33 @@ class Pipeline:
         unused = [self.probe.unused(inputs) for inputs, _ in microbatches]
         moved = [_move(m, mesh.device) for m in microbatches]
         bare = not moved[0][1] and not self.shards  # without targets nothing is trained, and where memory runs out other stages are told
-        for number, stage in self._numbered():
-            before, after = borders[number], borders[number + 1]
-            instead = (after.tensors or (torch.empty((), device="meta"),)) if bare else None
-            stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused, instead)
-            stage.losses = {}
-        self.memory.begin(len(microbatches))
-        with ExitStack() as around:
-            for shards in self.shards:
-                around.enter_context(shards.step())
-            if self.lockstep is not None and len(microbatches) > 1:
-                losses = self._together(len(microbatches))
-            else:
-                losses = self._by_schedule(len(microbatches), borders, run)
-        self.memory.end()
-        for stage in self.spans:
-            stage.inputs = StepInputs()
-        self.shares = [loss.detach() for loss in losses] if last else []
+
+        def passes(moved: Microbatches) -> Outcome:
+            for number, stage in self._numbered():
+                before, after = borders[number], borders[number + 1]
+                instead = (after.tensors or (torch.empty((), device="meta"),)) if bare else None
+                stage.inputs = StepInputs(moved, before.layout, before.ragged, after.ragged, unused, instead)
+                stage.losses = {}
+            self.memory.begin(len(moved))
+            with ExitStack() as around:
+                for shards in self.shards:
+                    around.enter_context(shards.step())
+                if self.lockstep is not None and len(moved) > 1:
+                    losses = self._together(len(moved))
+                else:
+                    losses = self._by_schedule(len(moved), borders, run)
+            self.memory.end()
+            for stage in self.spans:
+                stage.inputs = StepInputs()
+            return Outcome([loss.detach() for loss in losses], self.spans[-1].losses)
+
+        if self.replays is not None and torch.is_grad_enabled():
+            with self.clock.running():
+                outcome = self.replays.run(moved, (tuple(unused), self.attention.cudnn), passes)
+            self.spans[-1].losses = outcome.by_sample
+        else:
+            outcome = passes(moved)
+        self.shares = outcome.losses if last else []
         return torch.stack(self.shares).sum() if last else torch.zeros((), device=mesh.device)
 
     def _numbered(self) -> list[tuple[int, Stage]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import Any
 
@@ -118,6 +118,19 @@ class MemoryLayer:
             self.stream.settle()
         if self.turns.release is not None:
             self.turns.release.settle()
+
+    def resident(self) -> Hashable:
+        """What lies on the device between steps of what streams: two steps that find the same do the same."""
+        return None if self.stream is None else self.stream.lies()
+
+    def side_streams(self) -> list[Any]:
+        """The streams on which copies are made beside the passes."""
+        return [side for mover in (self.stream, self.offload) if mover is not None for side in mover.side_streams()]
+
+    def forget_events(self) -> None:
+        """Wait for no copy of steps before, all of which the computation's stream has been told to wait for."""
+        if self.stream is not None:
+            self.stream.ready.clear()
 
     def stalled(self) -> float:
         """Seconds in which the computation waited for copies since the last call; the device must have finished."""

@@ -94,6 +94,10 @@ class Offload:
         """A step begins; nothing that was saved before is needed any more."""
         self.last = None
 
+    def side_streams(self) -> tuple[Any, ...]:
+        """Those that copies to the host and back are made on."""
+        return self.out, self.back
+
     def packer(self) -> Packer:
         """Moves what one forward pass of a unit saves, once the next begins or the backward pass does."""
         self._send()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -282,6 +282,15 @@ class Stream:
             # Those of frozen weights too: their places in the arena hold others' by now.
             home.bind(home.views(home.flat))
         self.bound, self.resident = {}, {}
+
+    def lies(self) -> Hashable:
+        """Where units lie in the arena, and what backward passes do without."""
+        spared = tuple((unit, *spans) for unit, spans in sorted(self.spared.items()))
+        return tuple(sorted(self.resident.items())), spared
+
+    def side_streams(self) -> tuple[Any, ...]:
+        """Those that copies to the device and from it are made on."""
+        return self.copies, self.out
 
     def packer(self) -> Packer:
         """Keeps which weights were saved, not where they lay: in backward they lie elsewhere."""

@@ -13,7 +13,9 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
-from diffpipe.pipeline.memory import merging, recompute
+from diffpipe.pipeline.memory import adapted, gelu, merging, recompute
+from diffpipe.pipeline.memory.adapted import add_in_place
+from diffpipe.pipeline.memory.gelu import by_sigmoid
 from diffpipe.pipeline.memory.merging import CONVERT, merge
 from diffpipe.pipeline.memory.recompute import LONG, is_attention
 
@@ -39,7 +41,7 @@ class Cut(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         # What was compiled before is found again by it: as long as nothing that decides the cut has changed.
-        return get_hash_for_files((__file__, merging.__file__, recompute.__file__), self.policy)
+        return get_hash_for_files((__file__, *(m.__file__ for m in (adapted, gelu, merging, recompute))), self.policy)
 
 
 def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -53,6 +55,8 @@ def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> 
     from functorch.compile import min_cut_rematerialization_partition
 
     module.graph = merge(module.graph)
+    by_sigmoid(module.graph)
+    add_in_place(module.graph)
     if policy != "none":
         tag(module.graph, policy)
     _write_sums(module.graph)
@@ -85,7 +89,10 @@ def _summed(node: fx.Node) -> int:
         node = root(node.all_input_nodes[0])[0]
     if _is_heavy(node):
         return 1
-    return sum(_summed(root(n)[0]) for n in node.all_input_nodes) if node.target is torch.ops.aten.add.Tensor else 0
+    if node.target is not torch.ops.aten.add.Tensor:
+        return 0
+    # Of its own size: not the few values of a modulation, which it adds to every row.
+    return sum(_summed(root(n)[0]) for n in node.all_input_nodes if _width(n) == _width(node))
 
 
 def _draws_nothing(node: fx.Node) -> bool:

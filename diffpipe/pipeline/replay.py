@@ -1,0 +1,135 @@
+"""Captures the passes of a step as a CUDA graph, and replays them: the host launches one graph in the place of thousands of kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from diffpipe.errors import ConfigError
+from diffpipe.pipeline.memory.layer import MemoryLayer
+
+MOST = 64  # kinds of steps that are captured: each graph takes memory, on the host and on the device
+
+
+@dataclass
+class Outcome:
+    """What a step's passes leave beside gradients.
+
+    Attributes:
+        losses: each microbatch's share of the step's loss.
+        by_sample: by microbatch, the losses of its samples.
+    """
+
+    losses: list[Tensor]
+    by_sample: dict[int, Tensor]
+
+
+Passes = Callable[[Any], Outcome]
+
+
+@dataclass
+class Captured:
+    """A graph, with the tensors that it reads and writes.
+
+    Attributes:
+        held: the most that the device held while it was captured, in bytes: of what it takes when it is replayed, torch counts nothing.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Any]
+    outcome: Outcome
+    gradients: list[tuple[nn.Parameter, Tensor]]
+    held: int
+
+    def replay(self, inputs: Sequence[Any]) -> Outcome:
+        """The step for other inputs; gradients are in ``.grad``."""
+        for place, given in zip(self.inputs, inputs, strict=True):
+            if isinstance(place, Tensor):
+                place.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return self.outcome
+
+
+class Replays:
+    """Runs steps of training that one process takes alone.
+
+    A kind of step, which is the shapes of what goes in and what lies on the device before, is captured once it has been run and left
+    the device as it found it: by then all is compiled and the order in which weights come is known.
+
+    Args:
+        parameters: that may have gradients.
+
+    Attributes:
+        held: of the last step, if it was replayed, as ``Captured`` has it; else 0.
+    """
+
+    def __init__(self, memory: MemoryLayer, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self.memory, self.parameters, self.device = memory, parameters, device
+        # All of its steps, those too that are not captured: autograd adds gradients up on the stream where a weight was first used.
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.settled: set[Hashable] = set()
+        self.captured: dict[Hashable, Captured] = {}
+        self.held = 0
+
+    def run(self, inputs: Any, kind: Hashable, passes: Passes) -> Outcome:
+        """A step.
+
+        Args:
+            inputs: tensors on the device, in any structure.
+            kind: what else tells steps apart.
+
+        Raises:
+            ConfigError: where the passes cannot be captured.
+        """
+        here = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            outcome = self._run(inputs, kind, passes)
+        here.wait_stream(self.stream)
+        return outcome
+
+    def _run(self, inputs: Any, kind: Hashable, passes: Passes) -> Outcome:
+        leaves, tree = tree_flatten(inputs)
+        before = self.memory.resident()
+        key = (tree, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), before, kind)
+        if key not in self.captured:
+            if key not in self.settled or len(self.captured) == MOST:
+                self.held, outcome = 0, passes(inputs)
+                if self.memory.resident() == before:
+                    self.settled.add(key)
+                return outcome
+            self.captured[key] = self._capture([x.clone() if isinstance(x, Tensor) else x for x in leaves], tree, passes)
+        found = self.captured[key]
+        self.held = found.held
+        return found.replay(leaves)
+
+    def _capture(self, inputs: list[Any], tree: Any, passes: Passes) -> Captured:
+        graph, beside = torch.cuda.CUDAGraph(), self.memory.side_streams()
+        torch.cuda.synchronize(self.device)
+        self.memory.forget_events()  # a graph cannot wait for what happened outside
+        try:
+            # Other threads may make page-locked memory meanwhile.
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                for stream in beside:
+                    stream.wait_stream(self.stream)
+                outcome = passes(tree_unflatten(inputs, tree))
+                for stream in beside:
+                    self.stream.wait_stream(stream)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as fault:
+            told = str(fault).strip().partition("\n")[0]
+            raise ConfigError(
+                f"a step that cannot be captured ({told})", where="memory.cuda_graphs", expected="false", fix="set it to false"
+            ) from fault
+        self.memory.forget_events()  # nor what runs outside for what happens in a graph
+        gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
+        return Captured(graph, inputs, outcome, gradients, torch.cuda.max_memory_allocated(self.device))
