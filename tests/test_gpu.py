@@ -89,6 +89,38 @@ def test_compiled_blocks_that_stream_and_are_offloaded_train_as_plain_ones(toys:
             torch.testing.assert_close(gradient, wanted[name], rtol=2e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_families_whose_passes_wait_for_the_host_are_those_that_cannot_be_captured(toys: Callable[[str], Path]) -> None:
+    for family in (f for f in MODELS if MODELS[f].waits):
+        config = config_with(family, toys(family), {"rank": 4}, {"cuda_graphs": True})
+        with pytest.raises(DiffpipeError, match=r"memory.cuda_graphs: a step that cannot be captured [(].*CUDA graph"):
+            steps_of(config, rounds=4)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("policy", ["block", "selective", "none"])
+def test_compiled_blocks_drop_the_same_values_when_they_compute_them_again(toys: Callable[[str], Path], policy: str) -> None:
+    torch.compiler.reset()
+    config = config_with("flux", toys("flux"), {"rank": 4, "dropout": 0.5}, {"compile": True, "recompute": policy})
+    model = make_model(config.model, config.objective)
+    with open_mesh(config.mesh) as mesh:
+        pipeline = built(config, model, mesh)
+        layer, batch = next(p for n, p in pipeline.module.named_parameters() if "lora_B" in n), numbered(model, 0)
+
+        def loss_at(step: float) -> tuple[float, Tensor]:
+            torch.cuda.manual_seed(3)
+            with torch.no_grad():
+                layer.add_(step)
+            loss = pipeline.train(batch).item()
+            assert layer.grad is not None
+            gradient = layer.grad.clone()
+            pipeline.module.zero_grad()
+            return loss, gradient
+
+        _, gradient = loss_at(0.0)
+        above, below = loss_at(1e-2)[0], loss_at(-2e-2)[0]
+    assert gradient.sum().item() == pytest.approx((above - below) / 2e-2, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_of_weights_in_few_bits_change_no_number(toys: Callable[[str], Path], kind: str) -> None:
     plain = steps_of(config_with("flux", toys("flux"), {"rank": 4}, {"recompute": "none", "quantize": kind}))
@@ -278,7 +310,7 @@ def test_streams_that_lag_at_random_change_no_number(
 
 
 STREAMED = {"swap": "all", "offload": True, "offload_threshold": 0.001}
-REPLAYED = [(family, {}, 2) for family in sorted(MODELS)] + [
+REPLAYED = [(family, {}, 2) for family in sorted(MODELS) if not MODELS[family].waits] + [
     ("flux", {"recompute": "none", "compile": True}, 1),
     ("flux", {**STREAMED, "room": 0.4, "recompute": "selective", "compile": True}, 1),
     ("wan", {**STREAMED, "recompute": "parts", "compile": True}, 3),
@@ -314,7 +346,7 @@ def test_replayed_steps_train_as_those_that_are_queued(
         return told, weights, captured
 
     (told, weights, none), (got, moved, captured) = run(False), run(True)
-    assert (none, captured) == (0, 1)
+    assert none == 0 < captured
     assert got == pytest.approx(told, rel=1e-5)
     for mine, wanted in zip(moved, weights, strict=True):
         for name, value in mine.items():

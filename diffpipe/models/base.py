@@ -107,6 +107,7 @@ class DiffusionModel(ABC):
     unused: ClassVar[frozenset[str]] = frozenset()  # components of the pipeline that neither encoding nor training needs
     takes_controls: ClassVar[bool] = False  # whether each picture is made from a control picture, as data.folders.controls has it
     takes_image: ClassVar[bool] = False  # whether what is sampled is made from a picture, as preview.prompts.image has it
+    waits: ClassVar[bool] = False  # whether forward copies from or to the host, so that no CUDA graph can be made of it
     guided: ClassVar[Literal["classifier-free", "distilled"] | None] = None  # how samples are; None where none can be made yet
     # Keys of the config that this family gives a meaning to, beside those that all do.
     options: ClassVar[frozenset[str]] = frozenset()

@@ -65,6 +65,7 @@ class Chroma(DiffusionModel):
     denoiser = "ChromaTransformer2DModel"
     pipeline = "ChromaPipeline"
     originals = Originals(denoiser, original_shapes, repeats=("blocks", "distilled_guidance_layer"))
+    waits = True
     guided = "classifier-free"
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class Lumina2(DiffusionModel):
     high_precision = (r"norm1\.linear",)  # modulation, a ninth of a block
     pipeline = "Lumina2Pipeline"
     originals = Originals(denoiser, original_shapes, repeats=("layers", "refiner"), ignored=(r"^norm_final\.weight$",))
+    waits = True
     guided = "classifier-free"
 
     def encode_media(self, encoders: Encoders, pixels: Tensor) -> dict[str, Tensor]:

@@ -11,9 +11,21 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffpipe.errors import ConfigError
+from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.layer import MemoryLayer
 
 MOST = 64  # kinds of steps that are captured: each graph takes memory, on the host and on the device
+
+
+def check_captured(captures: bool, model: DiffusionModel, device: torch.device) -> None:
+    """Raise where ``memory.cuda_graphs`` asks for what there cannot be.
+
+    Raises:
+        ConfigError: with why.
+    """
+    why = f"found {device.type}" if device.type != "cuda" else f"{model.name} copies between host and device in each pass"
+    if captures and (device.type != "cuda" or model.waits):
+        raise ConfigError(f"true, {why}", where="memory.cuda_graphs", expected="a CUDA device and another family", fix="set it to false")
 
 
 @dataclass
@@ -126,7 +138,10 @@ class Replays:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as fault:
-            told = str(fault).strip().partition("\n")[0]
+            cause: BaseException = fault
+            while cause.__cause__ is not None:
+                cause = cause.__cause__  # torch's schedules tell of the stage first
+            told = str(cause).strip().partition("\n")[0]
             raise ConfigError(
                 f"a step that cannot be captured ({told})", where="memory.cuda_graphs", expected="false", fix="set it to false"
             ) from fault

@@ -126,7 +126,7 @@ def tag(graph: fx.Graph, policy: str) -> None:
     """
     ahead = _forward(graph)
     first = set(ahead)
-    kept = {root(n)[0] for n in ahead if _is_thin(n) or (policy != "block" and (_is_costly(n) or _is_gated(n, first)))}
+    kept = {root(n)[0] for n in ahead if _is_thin(n) or _is_seed(n) or (policy != "block" and (_is_costly(n) or _is_gated(n, first)))}
     if policy == "parts":
         kept |= _narrowest(graph, ahead)
     for node in ahead:
@@ -213,6 +213,12 @@ def _inner(node: fx.Node) -> int:
     if weight is not None:
         return next(t.shape[-2] for t in tensors(weight) if t is not None)
     return max((_inner(root(n)[0]) for n in node.all_input_nodes), default=0) if _summed(node) else 0
+
+
+def _is_seed(node: fx.Node) -> bool:
+    """Whether it draws what dropout draws from. It is a few bytes; to draw it again torch would keep the generator's state, which versions
+    before 2.15 fail at on CUDA (``graphsafe_run_with_rng_state`` of an operation without tensors)."""
+    return str(node.target).startswith("prims.inductor_seed")
 
 
 def _is_thin(node: fx.Node) -> bool:
