@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffpipe.config.schema import MemoryConfig
 from diffpipe.errors import DiffpipeError
 from diffpipe.metrics import TextSink
-from diffpipe.models import MODELS, make_model
+from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.padding import padded_attention
 from diffpipe.optim import make_optimizer, set_rates
 from diffpipe.pipeline.attention import lacks_fa4, packs_here
@@ -90,7 +90,7 @@ def test_compiled_blocks_that_stream_and_are_offloaded_train_as_plain_ones(toys:
 
 
 def test_families_whose_passes_wait_for_the_host_are_those_that_cannot_be_captured(toys: Callable[[str], Path]) -> None:
-    for family in (f for f in MODELS if MODELS[f].waits):
+    for family in (f for f in MODELS if model_class(f).waits):
         config = config_with(family, toys(family), {"rank": 4}, {"cuda_graphs": True})
         with pytest.raises(DiffpipeError, match=r"memory.cuda_graphs: a step that cannot be captured [(].*CUDA graph"):
             steps_of(config, rounds=4)
@@ -310,7 +310,7 @@ def test_streams_that_lag_at_random_change_no_number(
 
 
 STREAMED = {"swap": "all", "offload": True, "offload_threshold": 0.001}
-REPLAYED = [(family, {}, 2) for family in sorted(MODELS) if not MODELS[family].waits] + [
+REPLAYED = [(family, {}, 2) for family in sorted(MODELS) if not model_class(family).waits] + [
     ("flux", {"recompute": "none", "compile": True}, 1),
     ("flux", {**STREAMED, "room": 0.4, "recompute": "selective", "compile": True}, 1),
     ("wan", {**STREAMED, "recompute": "parts", "compile": True}, 3),
