@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
+from diffusers import FluxTransformer2DModel  # noqa: E402, F401 - imported before the first fork
 
-import diffpipe.train  # noqa: E402 - imported before the first fork
+import diffpipe.train  # noqa: E402
 from benchmarks.synthetic import BRIEF  # noqa: E402
 from diffpipe.checkpoint import list_checkpoints, read_weights  # noqa: E402
 

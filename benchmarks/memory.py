@@ -1,9 +1,9 @@
 """Speed and memory of training at real size under memory policies, on one GPU, with random weights: LoRA of rank 32, or in full.
 
-    python -m benchmarks.memory [CASE ...] [--steps 7]
+    python -m benchmarks.memory [CASE ...] [--steps 9]
     python -m benchmarks.memory [CASE ...] --foresee H200
 
-Prints for each case seconds a step (median after three steps), the largest memory allocated from the fourth step on, what the planner
+Prints for each case seconds a step (median after four steps), the largest memory allocated from the fifth step on, what the planner
 predicted of both, host memory that streams use, and what was copied. Each case runs in a process of its own. With ``--foresee`` nothing is
 run, and no GPU is needed: what the planner predicts for a card is printed.
 """
@@ -22,19 +22,21 @@ import torch
 from benchmarks.synthetic import Config, DiffusionModel, make_random, microbatches
 from diffpipe.metrics import amount
 from diffpipe.pipeline.memory.estimate import Estimate
+from diffpipe.pipeline.memory.layer import MemoryLayer
 
 FLUX = ("flux", 1024, 1024, 1)
 WAN = ("wan", 512, 512, 81)
 FP8 = {"quantize": "fp8", "compile": True}
 LEAST = {**FP8, "swap": "all", "offload": True}
+GRAPHS = {"cuda_graphs": True}
 # By name: family, height, width and frames; microbatches; the memory section.
 CASES: dict[str, tuple[tuple[str, int, int, int], int, dict]] = {
     "flux-plain": (FLUX, 1, {}),
     "flux-compiled": (FLUX, 1, {"compile": True}),
     "flux-fp8": (FLUX, 1, FP8),
-    "flux-free": (FLUX, 1, {**FP8, "recompute": "none"}),
-    "flux-least": (FLUX, 1, {**LEAST, "recompute": "selective", "room": 1000}),
-    "flux-least-4": (FLUX, 4, {**LEAST, "recompute": "selective"}),
+    "flux-free": (FLUX, 1, {**FP8, **GRAPHS, "recompute": "none"}),
+    "flux-least": (FLUX, 1, {**LEAST, **GRAPHS, "recompute": "selective", "room": 1000}),
+    "flux-least-4": (FLUX, 4, {**LEAST, **GRAPHS, "recompute": "selective"}),
     "wan-plain": (WAN, 1, {}),
     "wan-fp8": (WAN, 1, FP8),
     "wan-free": (WAN, 1, {**FP8, "recompute": "selective", "recompute_every": 2}),  # takes 117 GiB
@@ -44,7 +46,7 @@ CASES: dict[str, tuple[tuple[str, int, int, int], int, dict]] = {
 # Cases whose adapters are stepped in the backward pass, their optimizer's state in host memory.
 RELEASED = {"release": True, "offload": True}
 STEPPING = {"wan-least": RELEASED}
-WARM = 3  # steps that compile, and find out in which order weights come
+WARM = 4  # steps that compile, find out in which order weights come, and are captured
 
 
 def config_of(name: str, steps: int, extra: dict, attention: str) -> Config:
@@ -90,11 +92,10 @@ def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         set_rates(optimizer, 1.0)
         print(f"  built in {time.perf_counter() - begun:.1f} s", flush=True)
-        times, losses = [], []
+        times, losses, copied, peak = [], [], [], 0
         for step in range(steps):
             batch = microbatches(model, height, width, frames, count, step)
-            if step == WARM:
-                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
             begun = time.perf_counter()
             losses.append(pipeline.train(batch).item())
@@ -102,6 +103,10 @@ def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float
             release.step_rest()
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
+            if step >= WARM:
+                peak = max(peak, torch.cuda.max_memory_allocated(), pipeline.replays.held if pipeline.replays else 0)
+            else:
+                copied.append(moved(pipeline.memory))  # what is replayed later does the same, uncounted
             print(f"  step {step}: {times[-1]:.3f} s, optimizer {times[-1] - trained:.3f} s, loss {losses[-1]:.5f}", flush=True)
         if profile:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
@@ -109,7 +114,6 @@ def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float
                 torch.cuda.synchronize()
             print(seen.key_averages().table(sort_by="cuda_time_total", row_limit=22, max_name_column_width=70), file=sys.stderr)
         stream, offload = pipeline.memory.stream, pipeline.memory.offload
-        peak = torch.cuda.max_memory_allocated()
         return {
             "seconds": statistics.median(times[WARM:]),
             "peak": peak / 2**30,
@@ -118,15 +122,20 @@ def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float
             "foreseen": predicted.seconds,
             "host": (sum(h.flat.numel() for h in stream.homes.values()) if stream else 0) / 2**30
             + (offload.held if offload else 0) / 2**30,
-            "moved": (stream.moved / steps if stream else 0) / 2**30 + (2 * offload.moved / steps if offload else 0) / 2**30,
+            "moved": (copied[-1] - copied[-2]) / 2**30,
             "loss": losses[-1],
         }
+
+
+def moved(memory: MemoryLayer) -> int:
+    """Bytes that were copied so far, both ways."""
+    return (memory.stream.moved if memory.stream else 0) + (2 * memory.offload.moved if memory.offload else 0)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("cases", nargs="*", default=list(CASES))
-    options.add_argument("--steps", type=int, default=7)
+    options.add_argument("--steps", type=int, default=9)
     options.add_argument("--set", action="append", default=[], help="a key of the memory section, as JSON: room=2000")
     options.add_argument("--attention", default="fa4", choices=["sdpa", "fa4", "cudnn"], help="kernels, as model.attention")
     options.add_argument("--profile", action="store_true", help="print where a step's time goes on the device")

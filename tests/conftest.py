@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 World = Callable[..., subprocess.CompletedProcess[str]]
 Command = Callable[..., Result]
+Toys = Callable[[str], Path]
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,9 +31,11 @@ def free_port() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start several processes come first, for they take longest and one worker runs a whole file."""
+    """Files that take longest come first, for one worker runs a whole file: those that start several processes, then whole runs and
+    pipelines."""
     launching = {item.path for item in items if {"world", "torchrun"} & set(getattr(item, "fixturenames", ()))}
-    items.sort(key=lambda item: item.path not in launching)
+    long = (ROOT / "tests", ROOT / "tests/pipeline", ROOT / "tests/cli")
+    items.sort(key=lambda item: (item.path not in launching, item.path.parent not in long))
 
 
 def environment_of(processes: int) -> dict[str, str]:
@@ -108,10 +111,16 @@ def command() -> Command:
 
 
 @pytest.fixture(scope="session")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     """Gives the folder of a family's tiny checkpoint, made when it is first asked for."""
     home = tmp_path_factory.mktemp("toys")
     return lambda family: toy_checkpoint(family, home)
+
+
+def home_of(toys: Toys, *families: str) -> Path:
+    """Where the tiny checkpoints of families lie, made before several processes look for them at once."""
+    (home,) = {toys(family).parent.parent for family in families}
+    return home
 
 
 def toy_checkpoint(family: str, home: Path) -> Path:

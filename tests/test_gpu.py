@@ -19,7 +19,7 @@ from diffpipe.metrics import TextSink
 from diffpipe.models import MODELS, make_model, model_class
 from diffpipe.models.padding import padded_attention
 from diffpipe.optim import make_optimizer, set_rates
-from diffpipe.pipeline.attention import lacks_fa4, packs_here
+from diffpipe.pipeline.attention import Attention, lacks_fa4, packs_here
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.compiling import compiled
 from diffpipe.pipeline.memory.quantize import has_products
@@ -203,19 +203,23 @@ def test_padding_is_left_out_as_a_mask_would_have_it(compiles: bool) -> None:
         assert (mine - wanted).norm() <= 1.5 * (other - wanted).norm(), "as near to float32 as with a mask"
 
 
-@pytest.mark.parametrize("family", ["flux", "wan"])
-def test_flash_attention_4_trains_as_torchs_own_kernels(toys: Callable[[str], Path], family: str) -> None:
-    if lacks_fa4(torch.device("cuda")) is not None:
+@pytest.mark.parametrize("width", [64, 128])
+def test_flash_attention_4_gives_what_torchs_own_kernels_give(width: int) -> None:
+    device = torch.device("cuda")
+    if lacks_fa4(device) is not None:
         pytest.skip("FlashAttention-4 is not installed, or not for this card")
+    query, gradient = torch.randn(2, 2, 1100, 8, width, device=device, dtype=torch.bfloat16).transpose(2, 3)
+    key, value = torch.randn(2, 2, 700, 8, width, device=device, dtype=torch.bfloat16).transpose(2, 3)
 
-    def run(attention: str) -> Any:
-        config = config_with(family, toys(family), {"rank": 4}, {})
-        return steps_of(config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16", "attention": attention})}))
+    def passes(kind: str, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        Attention(kind, device)
+        given = [x.to(dtype, copy=True).requires_grad_() for x in (query, key, value)]
+        out = nn.functional.scaled_dot_product_attention(*given)
+        return [out, *torch.autograd.grad(out, given, gradient.to(dtype))]
 
-    for (loss, gradients, evaluated), (want, wanted, held) in zip(run("fa4"), run("sdpa"), strict=True):
-        assert (loss, evaluated) == pytest.approx((want, held), rel=1e-2)
-        for name, gradient in gradients.items():
-            assert (gradient - wanted[name]).norm() <= 0.1 * wanted[name].norm(), name
+    mine, theirs, exact = passes("fa4"), passes("sdpa"), passes("sdpa", torch.float32)
+    for got, other, wanted in zip(mine, theirs, exact, strict=True):
+        assert (got - wanted).norm() <= 1.2 * (other - wanted).norm(), "as near to float32 as torch's own"
 
 
 def test_a_step_that_does_not_fit_ends_with_what_would_make_it_fit(tmp_path: Path) -> None:

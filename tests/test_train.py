@@ -61,10 +61,10 @@ def test_a_run_goes_on_in_another_schedule_and_cut_as_one_process_does(world: Wo
     assert begun.stdout.count("predicted: bubble") == 1
 
 
-def test_a_run_with_loader_workers_ends_when_it_is_through(torchrun: World, tmp_path: Path) -> None:
+def test_a_run_with_loader_workers_ends_when_it_is_through(world: World, tmp_path: Path) -> None:
     # They ignore the signal that an interpreter which ends sends its workers before it waits for them.
     settings = {"mesh.stages": 2, "run.steps": 2, "data.workers": 1, "data.encode_workers": 1, "eval.sets": "[]"}
-    done = torchrun(2, *PROGRAM, *arguments(tmp_path / "run", **settings), timeout=200)
+    done = world(2, *PROGRAM, *arguments(tmp_path / "run", **settings), timeout=200)
     assert len(losses(done.stdout)) == 2
 
 

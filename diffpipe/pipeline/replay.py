@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from diffpipe.errors import ConfigError
+from diffpipe.errors import ConfigError, causes
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.layer import MemoryLayer
 
@@ -121,6 +121,8 @@ class Replays:
             self.captured[key] = self._capture([x.clone() if isinstance(x, Tensor) else x for x in leaves], tree, passes)
         found = self.captured[key]
         self.held = found.held
+        for stream in self.memory.side_streams():
+            self.stream.wait_stream(stream)  # copies of a step that was queued may still be under way
         return found.replay(leaves)
 
     def _capture(self, inputs: list[Any], tree: Any, passes: Passes) -> Captured:
@@ -135,13 +137,11 @@ class Replays:
                 outcome = passes(tree_unflatten(inputs, tree))
                 for stream in beside:
                     self.stream.wait_stream(stream)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as fault:
-            cause: BaseException = fault
-            while cause.__cause__ is not None:
-                cause = cause.__cause__  # torch's schedules tell of the stage first
-            told = str(cause).strip().partition("\n")[0]
+            found = list(causes(fault))
+            if any(isinstance(cause, torch.OutOfMemoryError) for cause in found):
+                raise
+            told = str(found[-1]).strip().partition("\n")[0]  # torch's schedules tell of the stage first
             raise ConfigError(
                 f"a step that cannot be captured ({told})", where="memory.cuda_graphs", expected="false", fix="set it to false"
             ) from fault

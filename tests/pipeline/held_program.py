@@ -1,8 +1,8 @@
 """Holds on each stage what was foreseen, whatever arrives from others.
 
-    torchrun --nproc_per_node=STAGES tests/pipeline/held_program.py STAGES FOLDER SCHEDULE FAMILY ...
+    torchrun --nproc_per_node=STAGES tests/pipeline/held_program.py STAGES FOLDER SCHEDULE/FAMILY ...
 
-Prints of each family what every stage held in a step of several microbatches, as a part of what was foreseen of it.
+Prints of each what every stage held in a step of several microbatches, as a part of what was foreseen of it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffpipe.pipeline.rehearsal import Rehearsal
 from tests.conftest import toy_checkpoint
 from tests.pipeline.test_rehearsal import CARD, allocated, batch_of, bucket_of
 
-MICROBATCHES = 12
+MICROBATCHES = 8
 
 
 def config_of(family: str, schedule: str, stages: int, checkpoint: Path) -> Config:
@@ -51,14 +51,14 @@ def held(config: Config, mesh: Mesh) -> float:
 
 
 def main() -> None:
-    stages, folder, schedule, families = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4:]
+    stages, folder, cases = int(sys.argv[1]), Path(sys.argv[2]), [case.split("/") for case in sys.argv[3:]]
     # Before the processes meet: in a group, transformers saves on its first rank alone.
-    configs = [config_of(family, schedule, stages, toy_checkpoint(family, folder)) for family in families]
+    configs = [config_of(family, schedule, stages, toy_checkpoint(family, folder)) for schedule, family in cases]
     with open_mesh(configs[0].mesh) as mesh:
         for config in configs:
             parts = mesh.exchange(held(config, mesh))
             if mesh.reporter:
-                print("held", config.model.family, *(f"{part:.3f}" for part in parts), flush=True)
+                print(f"held {config.mesh.schedule}/{config.model.family}", *(f"{part:.3f}" for part in parts), flush=True)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
         optimizer = make_optimizer(config.optimizer, part.named_parameters())
         release = pipeline.memory.release_with(optimizer, mesh.mean_over_replicas)
         losses, norms, schedules = [], [], []
-        for step in range(3):
+        for step in range(2):
             batch = [microbatch(model, seed=100 * step + 10 * mesh.replica + i, count=1) for i in range(MICROBATCHES)]
             share = pipeline.train(batch)
             losses.append(share.item())

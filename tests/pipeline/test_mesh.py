@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffpipe.models import model_class
-from tests.conftest import ROOT, World
+from tests.conftest import ROOT, Toys, World, home_of
 
 # Every family trains on two stages in test_families.py, and every cut of each is compared in test_cut.py. What a mesh adds is the
 # same for all: here are one with captions of any length, one with trained text encoders, one of clips.
@@ -14,10 +14,10 @@ FAMILIES = ["lumina2", "sdxl", "wan"]
 
 @pytest.mark.parametrize(("stages", "replicas", "families"), [(3, 1, FAMILIES[:1]), (2, 2, FAMILIES[1:])], ids=["3x1", "2x2"])
 def test_a_mesh_gives_the_whole_models_loss_and_gradients(
-    world: World, tmp_path_factory: pytest.TempPathFactory, stages: int, replicas: int, families: list[str]
+    world: World, toys: Toys, stages: int, replicas: int, families: list[str]
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "mesh"
-    done = world(stages * replicas, ROOT / "tests/pipeline/mesh_program.py", stages, replicas, folder, *families)
+    program = ROOT / "tests/pipeline/mesh_program.py"
+    done = world(stages * replicas, program, stages, replicas, home_of(toys, *families), *families)
     assert [line for line in done.stdout.splitlines() if line.startswith("same")] == [
         f"same: {family} {kind}" for family in families for kind in kinds_of(family)
     ]

@@ -17,9 +17,9 @@ from diffpipe.models import make_model
 from diffpipe.optim import check_optimizer, halves_move_alike
 from diffpipe.optim.named import BY_ELEMENT, EIGHT_BIT
 from diffpipe.pipeline.rehearsal import Rehearsal
-from tests.conftest import ROOT, Command, World
+from tests.conftest import ROOT, Command, Toys, World, home_of
 from tests.pipeline.test_memory import config_of
-from tests.pipeline.test_rehearsal import CARD, Toys, bucket_of
+from tests.pipeline.test_rehearsal import CARD, bucket_of
 from tests.survival import last_weights, run_in
 from tests.test_train import PROGRAM, arguments, losses
 
@@ -32,10 +32,10 @@ CASES = {
 
 @pytest.mark.parametrize("mesh", CASES, ids=lambda mesh: "x".join(map(str, mesh)))
 def test_a_sharded_mesh_has_one_processs_gradients_and_weights_and_gathers_as_often_as_it_should(
-    world: World, tmp_path_factory: pytest.TempPathFactory, mesh: tuple[int, int, int]
+    world: World, toys: Toys, mesh: tuple[int, int, int]
 ) -> None:
     stages, replicate, shard = mesh
-    folder = tmp_path_factory.getbasetemp() / "mesh"
+    folder = home_of(toys, *(case.split("-")[0] for case in CASES[mesh]))
     done = world(stages * replicate * shard, ROOT / "tests/pipeline/shard_program.py", *mesh, folder, *CASES[mesh])
     assert [line for line in done.stdout.splitlines() if line.startswith("same")] == [f"same: {case}" for case in CASES[mesh]]
 

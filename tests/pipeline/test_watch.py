@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT, World
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="kill -9, and several processes")
 
@@ -20,30 +19,22 @@ TOLD = {
 }
 
 
-def started(how: str) -> list[subprocess.Popen[str]]:
-    """Two ranks with no launcher that would end those that are left."""
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    program = [sys.executable, str(ROOT / "tests/pipeline/watch_program.py"), how]
-    return [
-        subprocess.Popen(program, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for rank in range(2)
-    ]
+@pytest.fixture(scope="module")
+def ended(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what the ranks of every case told, and of their exit codes."""
+    folder = tmp_path_factory.mktemp("watch")
+    world(1, ROOT / "tests/pipeline/watch_program.py", folder, *TOLD, "ends", timeout=120)
+    return folder
 
 
 @pytest.mark.parametrize("how", TOLD)
-def test_a_rank_that_comes_to_harm_ends_the_other_which_names_it(how: str) -> None:
-    ranks = started(how)
-    try:
-        for rank in ranks[:1]:
-            out, _ = rank.communicate(timeout=60)
-            before, after = TOLD[how].split("%s")
-            assert rank.returncode == 1, out
-            assert before in out and after in out, out
-            assert "Traceback" not in out
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_a_rank_that_comes_to_harm_ends_the_other_which_names_it(ended: Path, how: str) -> None:
+    out = (ended / f"{how}-0").read_text()
+    before, after = TOLD[how].split("%s")
+    assert (ended / f"{how}-0-code").read_text() == "1", out
+    assert before in out and after in out, out
+    assert "Traceback" not in out
 
 
-def test_a_rank_that_is_slow_where_it_may_be_ends_nothing() -> None:
-    assert [rank.wait(timeout=60) for rank in started("ends")] == [0, 0]
+def test_a_rank_that_is_slow_where_it_may_be_ends_nothing(ended: Path) -> None:
+    assert [(ended / f"ends-{rank}-code").read_text() for rank in range(2)] == ["0", "0"]

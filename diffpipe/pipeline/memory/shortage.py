@@ -48,6 +48,8 @@ def _held(device: torch.device) -> str:
 def remedies(config: Config) -> Iterator[str]:
     """What is left to set, what costs least time first."""
     memory = config.memory
+    if memory.cuda_graphs:
+        yield "memory.cuda_graphs: false"
     if memory.recompute not in ("block", "parts") or memory.recompute_every > 1:
         kind = "parts" if memory.recompute == "parts" else "block"
         yield f"memory.recompute: {kind} with recompute_every: 1"

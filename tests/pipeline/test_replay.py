@@ -1,0 +1,50 @@
+"""Steps that should be captured as CUDA graphs, where they cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffpipe.config.schema import Config
+from diffpipe.errors import ConfigError
+from diffpipe.models import make_model
+from diffpipe.pipeline.replay import check_captured
+from diffpipe.train import train
+from tests.pipeline.test_memory import Toys, config_of
+from tests.runs_program import prepared
+
+
+def test_a_device_without_graphs_ends_a_run_before_anything_is_encoded(tmp_path: Path) -> None:
+    config = prepared("flux", "lora", tmp_path, 1)
+    asked = config.model_copy(update={"memory": config.memory.model_copy(update={"cuda_graphs": True})})
+    with pytest.raises(ConfigError, match=r"memory.cuda_graphs: true, found cpu[\s\S]*fix: set it to false"):
+        train(asked, resume=None, make_sinks=list)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", ["chroma", "lumina2"])
+def test_a_family_that_waits_for_the_host_is_named(toys: Toys, family: str) -> None:
+    config = config_of(family, toys(family), {"rank": 4}, {"cuda_graphs": True})
+    with pytest.raises(ConfigError, match=f"memory.cuda_graphs: true, {family} copies between host and device"):
+        check_captured(True, make_model(config.model, config.objective), torch.device("cuda"))
+    check_captured(False, make_model(config.model, config.objective), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"mesh": {"stages": 2}}, "mesh.stages, replicate and shard must be 1"),
+        ({"mesh": {"replicate": 2}}, "mesh.stages, replicate and shard must be 1"),
+        ({"optimizer": {"release": True, "clip": None}}, "optimizer.release must be false"),
+        ({"adapter": None, "optimizer": {"clip": None}, "memory": {"swap": 2}}, "memory.swap must be 0 without an adapter section"),
+        ({"memory": {"swap": 2, "pin": False}}, "memory.pin must be true"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_with_graphs_is_told(more: dict, told: str) -> None:
+    raw = {"run": {"steps": 1}, "model": {"family": "flux", "path": "x"}, "adapter": {}, "data": {"folders": [{"path": "x"}]}, **more}
+    raw["memory"] = {"cuda_graphs": True, **more.get("memory", {})}
+    with pytest.raises(ValueError, match=f"memory.cuda_graphs is true, so {told}"):
+        Config.model_validate(raw)
