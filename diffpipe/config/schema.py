@@ -743,10 +743,13 @@ class Config(Section):
         found = [
             (
                 mesh.stages * mesh.replicate * mesh.shard > 1,
-                "mesh.stages, replicate and shard must be 1: a process waits for no other there",
+                "mesh.stages, replicate and shard must be 1: a graph waits for no other process",
             ),
             (self.optimizer.release, "optimizer.release must be false: steps of the optimizer are no part of a graph"),
-            (self.adapter is None and bool(self.memory.swap), "memory.swap must be 0 without an adapter section, for the same reason"),
+            (
+                self.adapter is None and bool(self.memory.swap),
+                "memory.swap must be 0 without an adapter section: streamed weights are stepped in the backward pass",
+            ),
             (bool(self.memory.swap) and not self.memory.pin, "memory.pin must be true: a graph copies from page-locked memory alone"),
         ]
         faults = [told for unfit, told in found if unfit]

@@ -23,9 +23,17 @@ def check_captured(captures: bool, model: DiffusionModel, device: torch.device) 
     Raises:
         ConfigError: with why.
     """
-    why = f"found {device.type}" if device.type != "cuda" else f"{model.name} copies between host and device in each pass"
-    if captures and (device.type != "cuda" or model.waits):
-        raise ConfigError(f"true, {why}", where="memory.cuda_graphs", expected="a CUDA device and another family", fix="set it to false")
+    if not captures:
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"true, on {device.type}", where="memory.cuda_graphs", expected="a CUDA device", fix="set it to false")
+    if model.waits:
+        raise ConfigError(
+            f"true, where each pass of {model.name} copies between host and device",
+            where="memory.cuda_graphs",
+            expected="false",
+            fix="set it to false",
+        )
 
 
 @dataclass
@@ -110,12 +118,12 @@ class Replays:
 
     def _run(self, inputs: Any, kind: Hashable, passes: Passes) -> Outcome:
         leaves, tree = tree_flatten(inputs)
-        before = self.memory.resident()
+        before = self.memory.state()
         key = (tree, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), before, kind)
         if key not in self.captured:
             if key not in self.settled or len(self.captured) == MOST:
                 self.held, outcome = 0, passes(inputs)
-                if self.memory.resident() == before:
+                if self.memory.state() == before:
                     self.settled.add(key)
                 return outcome
             self.captured[key] = self._capture([x.clone() if isinstance(x, Tensor) else x for x in leaves], tree, passes)

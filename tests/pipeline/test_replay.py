@@ -19,7 +19,7 @@ from tests.runs_program import prepared
 def test_a_device_without_graphs_ends_a_run_before_anything_is_encoded(tmp_path: Path) -> None:
     config = prepared("flux", "lora", tmp_path, 1)
     asked = config.model_copy(update={"memory": config.memory.model_copy(update={"cuda_graphs": True})})
-    with pytest.raises(ConfigError, match=r"memory.cuda_graphs: true, found cpu[\s\S]*fix: set it to false"):
+    with pytest.raises(ConfigError, match=r"memory.cuda_graphs: true, on cpu[\s\S]*fix: set it to false"):
         train(asked, resume=None, make_sinks=list)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
 
@@ -27,7 +27,7 @@ def test_a_device_without_graphs_ends_a_run_before_anything_is_encoded(tmp_path:
 @pytest.mark.parametrize("family", ["chroma", "lumina2"])
 def test_a_family_that_waits_for_the_host_is_named(toys: Toys, family: str) -> None:
     config = config_of(family, toys(family), {"rank": 4}, {"cuda_graphs": True})
-    with pytest.raises(ConfigError, match=f"memory.cuda_graphs: true, {family} copies between host and device"):
+    with pytest.raises(ConfigError, match=f"memory.cuda_graphs: true, where each pass of {family} copies between host and device"):
         check_captured(True, make_model(config.model, config.objective), torch.device("cuda"))
     check_captured(False, make_model(config.model, config.objective), torch.device("cpu"))
 

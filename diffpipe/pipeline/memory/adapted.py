@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 from torch.library import Library, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from diffpipe.pipeline.memory.merging import NARROW
+from diffpipe.pipeline.memory.merging import NARROW, made
 
 aten = torch.ops.aten
 # Not by ``torch.library.custom_op``, whose checks take the host longer than what is saved.
@@ -73,9 +72,9 @@ def add_in_place(graph: fx.Graph) -> None:
         if found is None:
             continue
         with graph.inserting_before(node):
-            out = _made(graph, found.target, found.args, node)
+            out = made(graph, found.target, found.args, node)
             if _value(out).shape != _value(node).shape:
-                out = _made(graph, aten.view.default, (out, [*_value(node).shape]), node)
+                out = made(graph, aten.view.default, (out, [*_value(node).shape]), node)
         node.replace_all_uses_with(out)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))  # torch keeps what might draw random numbers
 
@@ -146,11 +145,3 @@ def _alike(product: fx.Node, total: fx.Node) -> bool:
 
 def _value(node: fx.Node) -> Tensor:
     return node.meta["val"]
-
-
-def _made(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """A new operation of another's origin."""
-    node = graph.call_function(target, args)
-    node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
-    node.meta["val"] = target(*map_arg(args, _value))
-    return node

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
+
+from diffpipe.pipeline.memory.merging import made
 
 aten = torch.ops.aten
 
@@ -20,9 +20,9 @@ def by_sigmoid(graph: fx.Graph) -> None:
             continue
         (given,) = node.args
         with graph.inserting_before(node):
-            twice = _made(graph, aten.mul.Tensor, (given, 2), node)
-            raised = _made(graph, aten.mul.Tensor, (_made(graph, aten.sigmoid.default, (twice,), node), 2), node)
-            alone = _made(graph, aten.sub.Tensor, (raised, 1), node)
+            twice = made(graph, aten.mul.Tensor, (given, 2), node)
+            raised = made(graph, aten.mul.Tensor, (made(graph, aten.sigmoid.default, (twice,), node), 2), node)
+            alone = made(graph, aten.sub.Tensor, (raised, 1), node)
         for user in list(node.users):
             if _adds_one(user):
                 user.replace_all_uses_with(raised)
@@ -35,10 +35,3 @@ def by_sigmoid(graph: fx.Graph) -> None:
 
 def _adds_one(node: fx.Node) -> bool:
     return node.target is aten.add.Tensor and tuple(node.args[1:]) == (1,) and not node.kwargs
-
-
-def _made(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """A new operation of another's origin, whose result is of the same shape and type."""
-    node = graph.call_function(target, args)
-    node.meta = dict(like.meta)
-    return node

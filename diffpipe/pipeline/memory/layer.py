@@ -119,9 +119,9 @@ class MemoryLayer:
         if self.turns.release is not None:
             self.turns.release.settle()
 
-    def resident(self) -> Hashable:
-        """What lies on the device between steps of what streams: two steps that find the same do the same."""
-        return None if self.stream is None else self.stream.lies()
+    def state(self) -> Hashable:
+        """What lies on the device of streamed weights: two steps that find the same copy the same."""
+        return None if self.stream is None else self.stream.state()
 
     def side_streams(self) -> list[Any]:
         """The streams on which copies are made beside the passes."""

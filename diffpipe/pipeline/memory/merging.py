@@ -90,12 +90,18 @@ class _Sides:
 
     def made_of(self, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
         """A new operation, of the same origin as another."""
-        node = self.graph.call_function(target, args)
-        node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
-        node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+        node = made(self.graph, target, args, like)
         for given in node.all_input_nodes:
             _raise(given, node)
         return node
+
+
+def made(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A new operation at the place where the graph inserts, of the same origin as another."""
+    node = graph.call_function(target, args)
+    node.meta = {key: value for key, value in like.meta.items() if key not in ("val", "tensor_meta")}
+    node.meta["val"] = target(*map_arg(args, lambda n: n.meta["val"]))
+    return node
 
 
 def _sharing(graph: fx.Graph, shared: int) -> list[list[fx.Node]]:

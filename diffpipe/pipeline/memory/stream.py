@@ -283,7 +283,7 @@ class Stream:
             home.bind(home.views(home.flat))
         self.bound, self.resident = {}, {}
 
-    def lies(self) -> Hashable:
+    def state(self) -> Hashable:
         """Where units lie in the arena, and what backward passes do without."""
         spared = tuple((unit, *spans) for unit, spans in sorted(self.spared.items()))
         return tuple(sorted(self.resident.items())), spared
