@@ -17,10 +17,11 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from diffusers import FluxTransformer2DModel  # noqa: F401 - imported before the first fork
+from diffusers import FluxPipeline, StableDiffusionXLPipeline, WanPipeline  # noqa: F401 - imported before the first fork
 
 import diffpipe.cli
 import diffpipe.train  # noqa: F401
+import tests.families  # noqa: F401
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ FEW_BITS = [("flux", "nf4"), ("wan", "fp8")]  # bases whose weights are kept in 
 
 
 def config_of(family: str, kind: str, folder: Path, stages: int) -> Config:
-    """Three steps on drawn media, pictures and clips mixed where the family takes both, checkpointed after each."""
+    """Two steps on drawn media, pictures and clips mixed where the family takes both, checkpointed after each."""
     video = model_class(family).geometry.fps is not None
     controls = {"controls": "toy:greys"} if model_class(family).takes_controls else {}
     return Config.model_validate(
         {
             "output_dir": folder / f"{family}-{kind}",
-            "run": {"steps": 3, "seed": 5},
+            "run": {"steps": 2, "seed": 5},
             "mesh": {"stages": stages},
             "batch": {"micro": 1, "accumulate": 2},
             "model": {"family": family, "path": f"toy:{family}", "dtype": "float32"},
