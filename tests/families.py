@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpipe.config.schema import Config, MeshConfig
 from diffpipe.data.dataset import stack
 from diffpipe.flow import Key
 from diffpipe.models.adapters import base_name, is_adapter
 from diffpipe.models.base import DiffusionModel, Targets
+from diffpipe.pipeline.build import outline
 from diffpipe.pipeline.cut import duplicate
 
 CAPTIONS = ("a red circle on a blue background", "a square", "a green triangle moving left on a white background")
@@ -84,6 +86,12 @@ def apart(module: nn.Module) -> nn.Module:
             if p is not None:
                 owner._parameters[leaf] = nn.Parameter(p.detach(), requires_grad=p.requires_grad)
     return made
+
+
+def whole_of(config: Config, model: DiffusionModel) -> nn.Module:
+    """The model that a config trains, whole in this process, adapters drawn."""
+    whole, _ = outline(config.model_copy(update={"mesh": MeshConfig()}), model)
+    return with_weights(whole, model)
 
 
 def with_weights(module: nn.Module, model: DiffusionModel) -> nn.Module:

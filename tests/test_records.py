@@ -15,7 +15,7 @@ from diffpipe.trackers import scalars
 from tests.conftest import ROOT, World
 
 SMALL = (
-    *("run.steps=3", "data.resolutions=[64]", "data.workers=0", "data.encode_workers=0"),
+    *("run.steps=2", "data.resolutions=[64]", "data.workers=0", "data.encode_workers=0"),
     *("eval.sets=[]", "batch.micro=2", "batch.accumulate=2"),
 )
 Records = list[dict[str, Any]]
@@ -60,7 +60,7 @@ def test_in_a_step_ranks_tell_each_other_twice_and_average_gradients_once(
     # The first tells of the start too. Each more would be a round trip in which all devices of a large mesh are idle.
     told, averaged = ["allgather_", "allgather_"], ["allreduce_"]
     for run, expected in ((one, []), (stages, told), (replicas, averaged + told), (both, averaged + told)):
-        assert [record["collectives"] for record in run[1:]] == [expected, expected]
+        assert [record["collectives"] for record in run[1:]] == [expected]
 
 
 def test_the_parts_of_every_ranks_time_are_the_step(one: Records, stages: Records, replicas: Records) -> None:

@@ -1,31 +1,35 @@
 """Trains a few steps of changing shapes on a mesh: loss and gradients are the whole model's, no pass and no collective is run that
 need not be, and streaming changes no weight.
 
-    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS FOLDER [FAMILY ...]
+    torchrun --nproc_per_node=STAGES*REPLICAS tests/pipeline/mesh_program.py STAGES REPLICAS FOLDER FAMILY/KIND ...
 
-Makes tiny checkpoints in FOLDER where they lack. Prints a line a case on the reporter; ends with a fault where they differ.
+KIND is full, lora or streamed. Makes tiny checkpoints in FOLDER where they lack. Prints a line a case on the reporter; ends with a
+fault where they differ.
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffpipe.config.schema import Config, MeshConfig
-from diffpipe.models import MODELS, make_model, model_class
+from diffpipe.models import make_model, model_class
+from diffpipe.models.base import DiffusionModel
 from diffpipe.optim import make_optimizer
 from diffpipe.pipeline.averaging import Averaging
-from diffpipe.pipeline.build import build, outline
+from diffpipe.pipeline.build import build
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.stage import sum_errors
 from tests.conftest import toy_checkpoint
-from tests.families import drawn, frames_of, microbatch, with_weights
+from tests.families import drawn, frames_of, microbatch, whole_of
 
 MICROBATCHES = 3
 
@@ -46,32 +50,45 @@ def compare(family: str, adapter: dict[str, Any] | None, mesh: Mesh, checkpoint:
     for name, p in part.named_parameters():
         if p.requires_grad and adapter is not None:
             p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
-    whole, _ = outline(config.model_copy(update={"mesh": config.mesh.model_copy(update={"stages": 1})}), model)
-    with_weights(whole, model)
+    whole = whole_of(config, model) if mesh.reporter else None
     log = Log(pipeline, bucket=1 << 12 if adapter is None else 1 << 25)
     shapes = [{"rows": 2, "columns": 3}, {"rows": 3, "columns": 2, "frames": frames_of(model)}]
     for step, shape in enumerate(shapes):
-        every = [microbatch(model, seed=10 * step + i, count=2, **shape) for i in range(MICROBATCHES * mesh.replicas)]
+        batch = batch_of(model, step, mesh.replica, shape)
         with Collectives() as collectives:
-            share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
+            share = pipeline.train(batch)
             log.check()
             _, counted = pipeline.gradients()
         assert collectives.names == ["allreduce_"] * log.collectives(), collectives.names
         loss, norm = mesh.loss_and_norm(share, counted)
         gradients = {n: p.grad for n, p in part.named_parameters() if p.grad is not None}
-        total = torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
-        total.backward()
-        expected = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
-        torch.testing.assert_close(loss.float(), total.detach(), rtol=1e-5, atol=1e-6)
+        total, expected = mesh.decide(partial(of_whole, whole, model, step, shape, batch, mesh.replicas))
+        torch.testing.assert_close(loss.float(), total, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm(), rtol=1e-4, atol=1e-6)
         held = {n for n, p in part.named_parameters() if p.requires_grad and n in expected}
         assert gradients.keys() == held, sorted(gradients.keys() ^ held)[:4]
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{family} {n}: {m}")
         part.zero_grad()
-        whole.zero_grad()
     if mesh.reporter:
-        print(f"same: {family} {'lora' if adapter else 'full'}{' with text encoders' if encoders else ''}", flush=True)
+        print(f"same: {family}/{'lora' if adapter else 'full'}", flush=True)
+
+
+def batch_of(model: DiffusionModel, step: int, replica: int, shape: dict[str, int]) -> list[Any]:
+    seeds = range(10 * step + replica * MICROBATCHES, 10 * step + (replica + 1) * MICROBATCHES)
+    return [microbatch(model, seed=seed, count=2, **shape) for seed in seeds]
+
+
+def of_whole(
+    whole: nn.Module | None, model: DiffusionModel, step: int, shape: dict[str, int], first: list[Any], replicas: int
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of the whole model over all replicas' microbatches, of which the first replica's are here."""
+    assert whole is not None
+    every = [*first, *(pair for replica in range(1, replicas) for pair in batch_of(model, step, replica, shape))]
+    whole.zero_grad()
+    total = torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
+    total.backward()
+    return total.detach(), {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
 
 
 class Collectives(TorchDispatchMode):
@@ -163,19 +180,21 @@ def compare_streamed(family: str, mesh: Mesh, checkpoint: Path) -> None:
     for name, weight in weights.items():
         assert torch.equal(weight, held[name]), f"{family} {name}"
     if mesh.reporter:
-        print(f"same: {family} streamed", flush=True)
+        print(f"same: {family}/streamed", flush=True)
 
 
 def main() -> None:
     stages, replicas = int(sys.argv[1]), int(sys.argv[2])
     # Before the processes meet: in a group, transformers saves on its first rank alone.
-    checkpoints = {family: toy_checkpoint(family, Path(sys.argv[3])) for family in sys.argv[4:] or sorted(MODELS)}
+    cases = [case.split("/") for case in sys.argv[4:]]
+    checkpoints = {family: toy_checkpoint(family, Path(sys.argv[3])) for family, _ in cases}
     with open_mesh(MeshConfig(stages=stages, replicate=replicas)) as opened:
-        for family, checkpoint in checkpoints.items():
-            encoders = "model.train_text_encoders" in model_class(family).options
-            compare(family, None, opened, checkpoint, encoders)
-            compare(family, {"rank": 4}, opened, checkpoint)
-            compare_streamed(family, opened, checkpoint)
+        for family, kind in cases:
+            if kind == "streamed":
+                compare_streamed(family, opened, checkpoints[family])
+            else:
+                encoders = kind == "full" and "model.train_text_encoders" in model_class(family).options
+                compare(family, {"rank": 4} if kind == "lora" else None, opened, checkpoints[family], encoders)
 
 
 if __name__ == "__main__":

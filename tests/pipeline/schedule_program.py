@@ -9,20 +9,21 @@ many fewer. Prints a line a case on the reporter; ends with a fault where they d
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpipe.config.schema import Config
 from diffpipe.models import make_model
-from diffpipe.pipeline.build import build, outline
+from diffpipe.pipeline.build import build
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.shard import gathered, local
 from diffpipe.pipeline.stage import sum_errors
 from tests.conftest import toy_checkpoint
-from tests.families import drawn, frames_of, microbatch, with_weights
+from tests.families import drawn, frames_of, microbatch, whole_of
 
 MICROBATCHES = 4
 RATE = 0.1
@@ -52,12 +53,12 @@ def compare(case: str, config: Config, mesh: Mesh) -> None:
     if config.adapter is not None:
         for name, p in pipeline.trained.items():
             p.data.copy_(drawn(name, p.shape))  # a B of zeros would leave every A without gradient
-    whole, _ = outline(config.model_copy(update={"mesh": type(config.mesh)()}), model)
-    with_weights(whole, model)
+    whole = whole_of(config, model) if mesh.reporter else nn.Module()
     expected = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+    names = set(mesh.decide(lambda: list(expected)))
     held = [name for name, _ in pipeline.module.named_parameters()]
-    assert len(set(held)) == len(held) and set(pipeline.trained) <= set(expected)
-    assert set().union(*mesh.exchange(set(pipeline.trained))) == set(expected)
+    assert len(set(held)) == len(held) and set(pipeline.trained) <= names
+    assert set().union(*mesh.exchange(set(pipeline.trained))) == names
     for step in range(3):
         shape = {"rows": 2 + step % 2, "columns": 3 - step % 2, "frames": frames_of(model) if step == 1 else 1}
         every = [microbatch(model, seed=10 * step + i, count=1, **shape) for i in range(MICROBATCHES * mesh.replicas)]
@@ -65,24 +66,30 @@ def compare(case: str, config: Config, mesh: Mesh) -> None:
         share = pipeline.train(every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES])
         _, counted = pipeline.gradients()
         loss, norm = mesh.loss_and_norm(share, counted)
-        losses = [sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every]
-        torch.stack(losses).mean().backward()
-        reached = [p.grad for p in expected.values() if p.grad is not None]
-        near(torch.tensor(held_out), losses[0].detach(), f"{case} evaluation")
-        near(loss.float(), torch.stack(losses).mean().detach(), f"{case} loss")
-        near(norm, torch.stack([g.norm() for g in reached]).norm(), f"{case} norm")
+        losses, wanted = mesh.decide(partial(of_whole, whole, every))
+        near(torch.tensor(held_out), losses[0], f"{case} evaluation")
+        near(loss.float(), losses.mean(), f"{case} loss")
+        near(norm, wanted, f"{case} norm")
         for parameters in (pipeline.trained, expected):
             for p in parameters.values():
                 if p.grad is not None:
                     p.data.sub_(local(p.grad), alpha=RATE)
                 p.grad = None
+    weights = mesh.decide(lambda: {name: p.detach() for name, p in expected.items()})
     for name, p in pipeline.module.named_parameters():
         if p.requires_grad:
-            near(gathered(p.detach()), expected[name].detach(), f"{case} {name}")
+            near(gathered(p.detach()), weights[name], f"{case} {name}")
     assert pipeline.kept.held is not None
     assert not held_between_steps(pipeline.kept.held[1][1]), f"{case} holds memory for what stages receive between steps"
     if mesh.reporter:
         print(f"same: {case}", flush=True)
+
+
+def of_whole(whole: nn.Module, every: list[Any]) -> tuple[Tensor, Tensor]:
+    """Each microbatch's loss, and the norm of the gradients that the whole model now has."""
+    losses = torch.stack([sum_errors(whole(**inputs, return_dict=False), targets) for inputs, targets in every])
+    losses.mean().backward()
+    return losses.detach(), torch.stack([p.grad.norm() for p in whole.parameters() if p.grad is not None]).norm()
 
 
 def held_between_steps(stages: Any) -> list[Tensor]:

@@ -24,12 +24,12 @@ from diffpipe.config.schema import Config, MeshConfig
 from diffpipe.models import make_model
 from diffpipe.models.adapters import is_adapter
 from diffpipe.optim import make_optimizer
-from diffpipe.pipeline.build import build, outline
+from diffpipe.pipeline.build import build
 from diffpipe.pipeline.mesh import Mesh, open_mesh
 from diffpipe.pipeline.shard import gathered, local
 from diffpipe.pipeline.stage import sum_errors
 from tests.conftest import toy_checkpoint
-from tests.families import drawn, frames_of, microbatch, with_weights
+from tests.families import drawn, frames_of, microbatch, whole_of
 
 MICROBATCHES = 3
 
@@ -53,10 +53,9 @@ def compare(family: str, kind: str, reshard: bool, mesh: Mesh, checkpoint: Path)
             p.data = drawn(name, p.shape)  # a B of zeros would leave every A without gradient
         elif p.ndim:
             assert isinstance(p, DTensor) and len(local(p)) <= -(-len(p) // mesh.shards), f"{name} is not shared out"
-    one, _ = outline(config.model_copy(update={"mesh": MeshConfig()}), model)
-    with_weights(one, model)
+    one = whole_of(config, model) if mesh.reporter else nn.Module()
     weights, log = dict(one.named_parameters()), Log(pipeline.memory.units)
-    optimizers = [make_optimizer(config.optimizer, each.items()) for each in (pipeline.trained, weights)]
+    optimizers = [make_optimizer(config.optimizer, each.items()) for each in (pipeline.trained, weights) if each]
     for step, shape in enumerate([{"rows": 2, "columns": 3}, {"rows": 3, "columns": 2, "frames": frames_of(model)}, {}]):
         every = [microbatch(model, seed=10 * step + i, count=1, **shape) for i in range(MICROBATCHES * mesh.replicas)]
         batch = every[mesh.replica * MICROBATCHES : (mesh.replica + 1) * MICROBATCHES]
@@ -64,23 +63,30 @@ def compare(family: str, kind: str, reshard: bool, mesh: Mesh, checkpoint: Path)
         log.check(reshard, trains=kind == "full")
         gradients, counted = pipeline.gradients()
         loss, norm = mesh.loss_and_norm(share, counted)
-        total = torch.stack([sum_errors(one(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
-        total.backward()
-        torch.testing.assert_close(loss.float(), total.detach(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(norm, torch.stack([p.grad.norm() for p in weights.values() if p.grad is not None]).norm())
+        total, expected = mesh.decide(partial(of_one, one, every))
+        torch.testing.assert_close(loss.float(), total, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm, torch.stack([g.norm() for g in expected.values()]).norm())
         names = [n for n, p in part.named_parameters() if p.requires_grad]
         for name, gradient in zip(names, gradients, strict=True):
-            same(f"{family} {name}", gradient, weights[name].grad, atol=2e-6)
+            same(f"{family} {name}", gradient, expected.get(name), atol=2e-6)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    expected = mesh.decide(lambda: {name: p.detach() for name, p in weights.items()})
     for name, p in part.named_parameters():
-        same(f"{family} {name}", p.detach(), weights[name].detach(), atol=2e-5)
+        same(f"{family} {name}", p.detach(), expected[name], atol=2e-5)
     with torch.no_grad():
         pipeline.evaluate(batch)
     assert not any(map(whole, log.units)), "an evaluation keeps nothing gathered"
     if mesh.reporter:
         print(f"same: {family}-{kind}-{str(reshard).lower()}", flush=True)
+
+
+def of_one(one: nn.Module, every: list[Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of one process."""
+    total = torch.stack([sum_errors(one(**inputs, return_dict=False), targets) for inputs, targets in every]).mean()
+    total.backward()
+    return total.detach(), {name: p.grad for name, p in one.named_parameters() if p.grad is not None}
 
 
 def same(what: str, got: torch.Tensor, expected: torch.Tensor | None, atol: float) -> None:

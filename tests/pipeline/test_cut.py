@@ -108,23 +108,22 @@ def test_a_gradient_that_goes_back_over_a_border_is_in_memory_that_no_weights_gr
 
 
 def test_a_probe_on_fake_tensors_knows_what_crosses_every_border(model: DiffusionModel) -> None:
-    inputs, targets = microbatch(model, frames=frames_of(model))
-    for lora in (False, True):
-        whole = filled(whole_of(model, lora))
-        count = len(expand(whole, model.spec.units))
-        fakes, others = Fakes(CPU), Fakes(CPU)
-        twins = [Part(duplicate(whole), model.spec, i, i + 1, fakes) for i in range(count)]
-        for twin in twins:
-            fakes.fill(twin)
-        probe = Probe(twins, fakes, nullcontext, model.spec.lengths)
-        payload: tuple[Tensor, ...] = ()
-        layout = None
-        for i, border in enumerate(probe.borders(inputs)):
-            sent, layout = Part(duplicate(whole), model.spec, i, i + 1, others)(payload, layout, inputs)
-            assert kinds(sent) == kinds(shortened(border, probe.unused(inputs)))
-            assert layout == border.layout
-            payload = tuple(t.detach().requires_grad_(t.requires_grad) for t in sent)
-    assert targets
+    """Of adapters, behind which some of it has no gradient; what all weights send is compared in mixed precision below."""
+    inputs, _ = microbatch(model, frames=frames_of(model))
+    whole = filled(whole_of(model, lora=True))
+    count = len(expand(whole, model.spec.units))
+    fakes, others = Fakes(CPU), Fakes(CPU)
+    twins = [Part(duplicate(whole), model.spec, i, i + 1, fakes) for i in range(count)]
+    for twin in twins:
+        fakes.fill(twin)
+    probe = Probe(twins, fakes, nullcontext, model.spec.lengths)
+    payload: tuple[Tensor, ...] = ()
+    layout = None
+    for i, border in enumerate(probe.borders(inputs)):
+        sent, layout = Part(duplicate(whole), model.spec, i, i + 1, others)(payload, layout, inputs)
+        assert kinds(sent) == kinds(shortened(border, probe.unused(inputs)))
+        assert layout == border.layout
+        payload = tuple(t.detach().requires_grad_(t.requires_grad) for t in sent)
 
 
 def kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype, bool]]:

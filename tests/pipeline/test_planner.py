@@ -148,7 +148,7 @@ def test_a_budget_is_met_or_the_run_ends_before_anything_is_encoded_or_read(tmp_
     run = train(config.model_copy(update={"memory": MemoryConfig(budget="4GiB", swap=0)}), resume=None, make_sinks=list)
     log = (run / "log.txt").read_text()
     assert "memory.recompute: none (fits, and is the fastest)" in log and "memory.swap: 0 (set in the config)" in log
-    assert len(losses(log)) == 3
+    assert len(losses(log)) == 2
 
 
 def test_the_comparison_is_told_once_a_bucket_after_its_first_steps(planning: Planning) -> None:
