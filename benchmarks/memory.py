@@ -104,7 +104,7 @@ def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float
             torch.cuda.synchronize()
             times.append(time.perf_counter() - begun)
             if step >= WARM:
-                peak = max(peak, torch.cuda.max_memory_allocated(), pipeline.replays.held if pipeline.replays else 0)
+                peak = max(peak, pipeline.held())
             else:
                 copied.append(moved(pipeline.memory))  # what is replayed later does the same, uncounted
             print(f"  step {step}: {times[-1]:.3f} s, optimizer {times[-1] - trained:.3f} s, loss {losses[-1]:.5f}", flush=True)

@@ -114,7 +114,7 @@ class Meter:
 
     def _measured(self) -> Measured:
         if self.mesh.device.type == "cuda":
-            self.held = max(torch.cuda.max_memory_allocated(self.mesh.device), self.pipeline.replays.held if self.pipeline.replays else 0)
+            self.held = self.pipeline.held()
             self.peak = max(self.peak, self.held)
         passes, computing = self.laps["passes"], self.pipeline.clock.take()
         return Measured(

@@ -89,6 +89,16 @@ def test_compiled_blocks_that_stream_and_are_offloaded_train_as_plain_ones(toys:
             torch.testing.assert_close(gradient, wanted[name], rtol=2e-2, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("memory", [{}, {"swap": "all", "offload": True, "offload_threshold": 0.001}], ids=["resident", "streamed"])
+def test_a_run_that_replays_its_steps_records_what_one_that_queues_them_does(
+    torchrun: World, tmp_path: Path, memory: dict[str, object]
+) -> None:
+    more = {"run": {"steps": 12}, "eval": {"every_steps": 5}, "checkpoint": {"every_steps": 4}}
+    queued = lora_run(torchrun, "flux", tmp_path, "queued", memory=memory, **more)
+    replayed = lora_run(torchrun, "flux", tmp_path, "replayed", memory={**memory, "cuda_graphs": True}, **more)
+    assert len(queued) == 12 and replayed == pytest.approx(queued, rel=1e-4)
+
+
 def test_families_whose_passes_wait_for_the_host_are_those_that_cannot_be_captured(toys: Callable[[str], Path]) -> None:
     for family in (f for f in MODELS if model_class(f).waits):
         config = config_with(family, toys(family), {"rank": 4}, {"cuda_graphs": True})

@@ -51,6 +51,7 @@ class Pipeline:
         clock: time spent in this rank's forward and backward passes.
         shares: on the last stage, what each microbatch of the last step added to its loss.
         trained: by the name of each parameter that trains, what an optimizer steps for it.
+        replays: runs steps that are captured; None before the first, and where none are.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Pipeline:
         self.shards, self.clock = shards, Clock(mesh.device)
         self.shares: list[Tensor] = []
         self.kept = Kept[Any]()
+        self.replays: Replays | None = None
         self.module = joined([stage.part for stage in spans])
         self.trained = {name: stand_in(p) for name, p in self.module.named_parameters() if p.requires_grad}
         for stage, own in zip(spans, shards, strict=bool(shards)):
@@ -81,8 +83,7 @@ class Pipeline:
         self._set_order()
 
     def _set_order(self) -> None:
-        graphs = self.memory.config.cuda_graphs
-        self.replays = Replays(self.memory, [p for p in self.module.parameters() if p.requires_grad], self.mesh.device) if graphs else None
+        self.replays = None
         self.lockstep: Lockstep | None = None
         if self.memory.order == "layer" and self.mesh.stages == 1:
             self.lockstep = Lockstep()
@@ -97,7 +98,14 @@ class Pipeline:
         """
         self._set_mode(training=True)
         self.averaging.begin(self._backward_passes(len(microbatches)))
+        if self.memory.config.cuda_graphs and self.replays is None:
+            self.replays = Replays(self.memory, [p for p in self.module.parameters() if p.requires_grad], self.mesh.device)
         return self._run(microbatches, lambda schedule, **given: schedule.step(**given))
+
+    def held(self) -> int:
+        """The most that this rank has held on its CUDA device since its peak was reset, in bytes; of a step that was replayed, what it held
+        when it was captured."""
+        return max(torch.cuda.max_memory_allocated(self.mesh.device), self.replays.held if self.replays is not None else 0)
 
     @cached_property
     def averaging(self) -> Averaging:
@@ -204,8 +212,7 @@ class Pipeline:
             return Outcome([loss.detach() for loss in losses], self.spans[-1].losses)
 
         if self.replays is not None and torch.is_grad_enabled():
-            with self.clock.running():
-                outcome = self.replays.run(moved, (tuple(unused), self.attention.cudnn), passes)
+            outcome = self.replays.run(moved, (tuple(unused), self.attention.cudnn), passes)
             self.spans[-1].losses = outcome.by_sample
         else:
             outcome = passes(moved)

@@ -10,9 +10,10 @@ import torch
 from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from diffpipe.models import make_model
+from diffpipe.pipeline.mesh import open_mesh
 from diffpipe.pipeline.replay import check_captured
 from diffpipe.train import train
-from tests.pipeline.test_memory import Toys, config_of
+from tests.pipeline.test_memory import Toys, batch_of, built, config_of
 from tests.runs_program import prepared
 
 
@@ -22,6 +23,16 @@ def test_a_device_without_graphs_ends_a_run_before_anything_is_encoded(tmp_path:
     with pytest.raises(ConfigError, match=r"memory.cuda_graphs: true, on cpu[\s\S]*fix: set it to false"):
         train(asked, resume=None, make_sinks=list)
     assert not list((tmp_path / "cache").glob("*.safetensors"))
+
+
+def test_what_has_no_backward_pass_runs_anywhere_by_the_config_of_a_run_with_graphs(toys: Toys) -> None:
+    losses = []
+    for captures in (False, True):
+        config = config_of("flux", toys("flux"), {"rank": 4}, {"cuda_graphs": captures})
+        model = make_model(config.model, config.objective)
+        with open_mesh(config.mesh) as mesh:
+            losses.append(built(config, model, mesh).evaluate(batch_of(model, 0)).item())
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("family", ["chroma", "lumina2"])
