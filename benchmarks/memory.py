@@ -79,7 +79,10 @@ def run(name: str, config: Config, steps: int, profile: bool) -> dict[str, float
     from diffpipe.optim import make_optimizer, set_rates
     from diffpipe.pipeline.build import build
     from diffpipe.pipeline.mesh import open_mesh
+    from diffpipe.pipeline.replay import spare_workspace
 
+    if config.memory.cuda_graphs:
+        spare_workspace()
     (_, height, width, frames), count, _ = CASES[name]
     model = make_random(config)
     predicted = foreseen(name, config, model, None)

@@ -40,7 +40,7 @@ from diffpipe.pipeline.attention import check_attention
 from diffpipe.pipeline.build import build, check_trained
 from diffpipe.pipeline.memory.shortage import explained, remedies
 from diffpipe.pipeline.mesh import Mesh, open_mesh
-from diffpipe.pipeline.replay import check_captured
+from diffpipe.pipeline.replay import check_captured, spare_workspace
 from diffpipe.pipeline.schedule import Pipeline
 from diffpipe.pipeline.shard import local
 from diffpipe.pipeline.watch import Watch
@@ -101,6 +101,8 @@ def train_on(mesh: Mesh, config: Config, startup: Startup, *, resume: str | None
         check_trained(config, model)
         check_attention(config.model.attention, mesh.device)
         check_captured(config.memory.cuda_graphs, model, mesh.device)
+        if config.memory.cuda_graphs:
+            spare_workspace()
         check_optimizer(config.optimizer, apart=config.steps_in_backward, sharded=config.shards_trained)
         if told := caution(config.optimizer, config.mesh.stages):
             sinks.warn(told)

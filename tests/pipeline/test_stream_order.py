@@ -255,8 +255,8 @@ def test_whoever_is_late_nothing_is_read_or_overwritten_too_early(
         got = stepped(units, order, count, layer)
     assert not races.found, sorted(set(races.found))
     assert all(torch.equal(a, b) for ours, theirs in zip(got, plain, strict=True) for a, b in zip(ours, theirs, strict=True))
-    # The computation, weights, activations both ways; stepped weights' way home, and state both ways.
-    assert len(races.done) == (7 if trained else 4)
+    # The computation, what comes, activations that go; stepped weights' way home, and state both ways.
+    assert len(races.done) == (6 if trained else 3)
 
 
 def test_weights_that_only_some_steps_backward_passes_read_are_left_out_of_the_others_copies_alone() -> None:

@@ -27,7 +27,11 @@ def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """
     torch._dynamo.config.recompile_limit = MOST
     torch._dynamo.config.accumulated_recompile_limit = MOST
-    inner = torch.compile(forward, dynamic=False, options={"custom_partitioner_fn": Cut(policy)})
+
+    def given(*args: Any, **kwargs: Any) -> Any:
+        return tree_map(on_its_own, forward(*args, **kwargs))
+
+    inner = torch.compile(given, dynamic=False, options={"custom_partitioner_fn": Cut(policy)})
 
     def called(*args: Any, **kwargs: Any) -> Any:
         args, kwargs = tree_map(lambda x: _dense(x) if isinstance(x, Tensor) else x, (args, kwargs))
@@ -42,6 +46,14 @@ def run_by(forward: Callable[..., Any], memory: MemoryConfig, unit: int) -> Call
     if memory.compile:
         return compiled(forward, policy)
     return forward if policy == "none" else recompute(forward, policy)
+
+
+def on_its_own(result: Any) -> Any:
+    """What a unit gives, in memory of its own where it is a part of a larger result, as the picture's tokens are of a picture's and a
+    text's: autograd would else put the gradients of all parts together outside of the graph, each in zeros of the whole's size."""
+    if isinstance(result, Tensor) and result._base is not None and result.numel() < result._base.numel():
+        return result.clone()
+    return result
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from diffpipe.pipeline.cut import Fakes, duplicate
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
+from diffpipe.pipeline.memory.compiling import on_its_own
 from diffpipe.pipeline.memory.footprint import Call
 from diffpipe.pipeline.memory.tags import cut
 
@@ -51,7 +52,7 @@ def trace(unit: nn.Module, call: Call, fakes: Fakes) -> Joint:
         each = iter(given)
         args, kwargs = tree_unflatten([next(each) if isinstance(x, Tensor) else x for x in call.leaves], call.tree)
         out = functional_call(twin, dict(zip(named, weights, strict=True)), args, kwargs)
-        return [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        return [on_its_own(x) for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
 
     def keep(joint: fx.GraphModule, given: Any, *, num_fwd_outputs: int, **more: Any) -> Any:
         kept.append((_again(joint), num_fwd_outputs))

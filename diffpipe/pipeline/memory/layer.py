@@ -42,6 +42,8 @@ class MemoryLayer:
         self.config, self.units, self.device, self.stepping = config, units, device, stepping
         self.streams = streams or torch.get_device_module(device)
         self.pinned = config.pin and device.type == "cuda"
+        # Weights and activations come on one stream, as they are queued: what is needed first is not left behind what is brought ahead.
+        self.into = self.streams.Stream(device)
         self.weights, self.activations = HostMemory(self.pinned), HostMemory(device.type == "cuda")
         self.homes: dict[int, Home] = {}
         self.stream: Stream | None = None
@@ -55,7 +57,7 @@ class MemoryLayer:
         self.homes |= streamed(self.units, [n for n in numbers if n not in self.homes], self.weights)
         self.homes = {n: self.homes[n] for n in numbers}
         threshold = int(config.offload_threshold * (1 << 20))
-        self.offload = Offload(self.device, threshold, self.activations, self.streams) if config.offload else None
+        self.offload = Offload(self.device, threshold, self.activations, self.streams, self.into) if config.offload else None
 
     @property
     def order(self) -> str:
@@ -82,7 +84,7 @@ class MemoryLayer:
             room = None if self.config.room is None else int(self.config.room * (1 << 20))
             staging = Staging() if self.device.type == "cuda" and not self.pinned else None
             told = self.config.compile  # what is computed again otherwise reads all
-            self.stream = Stream(self.homes, self.device, room, staging, self.streams, told)
+            self.stream = Stream(self.homes, self.device, room, staging, self.streams, told, self.into)
         self.turns.stream = self.stream
         for number, unit in enumerate(self.units):
             forward = run_by(unit.forward, self.config, number)
@@ -131,6 +133,8 @@ class MemoryLayer:
         """Wait for no copy of steps before, all of which the computation's stream has been told to wait for."""
         if self.stream is not None:
             self.stream.ready.clear()
+        if self.offload is not None:
+            self.offload.returned = None
 
     def stalled(self) -> float:
         """Seconds in which the computation waited for copies since the last call; the device must have finished."""

@@ -75,15 +75,17 @@ class Offload:
         threshold: bytes of memory from which what holds it is moved.
         memory: where activations go.
         streams: torch's module of the device's streams and events.
+        into: the stream on which they come back; None for one of their own.
 
     Attributes:
         clock: time in which the computation waited for copies.
     """
 
-    def __init__(self, device: torch.device, threshold: int, memory: HostMemory, streams: Any = None) -> None:
+    def __init__(self, device: torch.device, threshold: int, memory: HostMemory, streams: Any = None, into: Any = None) -> None:
         self.device, self.threshold, self.memory = device, threshold, memory
         self.streams = streams or torch.get_device_module(device)
-        self.out, self.back = self.streams.Stream(device), self.streams.Stream(device)
+        self.out, self.back = self.streams.Stream(device), into or self.streams.Stream(device)
+        self.returned: Any = None  # the event of the last activations' way back, if any are under way
         self.pool: dict[int, list[Tensor]] = {}
         self.last: Pass | None = None  # of the step
         self.held = 0  # bytes of host memory
@@ -120,7 +122,8 @@ class Offload:
         if self.last is None or self.last.written is not None:
             return
         self.out.wait_stream(self.streams.current_stream(self.device))
-        self.out.wait_stream(self.back)  # which may still read what buffers held before
+        if self.returned is not None:
+            self.out.wait_event(self.returned)  # until then what buffers held before is read
         with self.streams.stream(self.out):
             for kept in self.last.kept():
                 assert kept.leaving is not None
@@ -174,7 +177,7 @@ class Offload:
             for kept, flat in zip(absent, flats, strict=True):
                 kept.back = kept.laid_out(flat)
                 kept.back.copy_(kept.laid_out(kept.host), non_blocking=True)
-        mine.arrived = end_of(self.back, self.streams)
+        mine.arrived = self.returned = end_of(self.back, self.streams)
 
     def _wait(self, event: Any) -> None:
         self.clock.start()

@@ -140,6 +140,7 @@ class Stream:
         staging: copies from host memory that is not page-locked; None where it is.
         streams: torch's module of the device's streams and events.
         told: whether autograd is told of all weights that backward passes read, which then come without the others.
+        into: the stream on which weights come; None for one of their own.
 
     Attributes:
         clock: time in which the computation waited for weights.
@@ -153,6 +154,7 @@ class Stream:
         staging: Staging | None = None,
         streams: Any = None,
         told: bool = False,
+        into: Any = None,
     ) -> None:
         self.homes, self.device, self.staging, self.told = homes, device, staging, told
         self.streams = streams or torch.get_device_module(device)
@@ -162,7 +164,7 @@ class Stream:
         self.arena = torch.empty(max(room or least, max(self.sizes.values())), dtype=torch.uint8, device=device)
         self.views: dict[tuple[int, int], list[Tensor]] = {}  # of a unit's weights at an offset; made anew they would cost more than a copy
         self.types: dict[torch.dtype, Tensor] = {}
-        self.copies, self.out = self.streams.Stream(device), self.streams.Stream(device)
+        self.copies, self.out = into or self.streams.Stream(device), self.streams.Stream(device)
         self.known: dict[Any, tuple[Use, ...]] = {}
         self.plans: dict[Any, Plan] = {}
         self.read: dict[int, set[str]] = {}  # by unit, weights that autograd has saved of it

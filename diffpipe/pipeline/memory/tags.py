@@ -130,7 +130,9 @@ def tag(graph: fx.Graph, policy: str) -> None:
     if policy == "parts":
         kept |= _narrowest(graph, ahead)
     for node in ahead:
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if root(node)[0] in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        # Not views of it: some versions of torch would keep them beside what they are views of.
+        made = root(node)[0] if not _views(node) and not (node.target is operator.getitem and _views(node.args[0])) else None
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if made in kept else CheckpointPolicy.PREFER_RECOMPUTE
         node.meta["ac_graph_id"] = 1
 
 
