@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 DType = Literal["float32", "bfloat16", "float16"]
+Recompute = Literal["none", "block", "selective", "parts"]
 ExportFormat = Literal["diffusers", "comfyui", "kohya"]
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]  # what a generator takes
@@ -583,7 +584,7 @@ class MemoryConfig(Section):
         description="What a step that runs out of device memory does: `stop` ends the run and says what would make it fit; `adapt`"
         " recomputes, streams or offloads more, whatever these keys say, and repeats the step with the same noise (needs mesh.stages 1).",
     )
-    recompute: Literal["none", "block", "selective", "parts"] = Field(
+    recompute: Recompute = Field(
         default="block",
         description="What of a block the backward pass computes again: `block` all but what goes in; `selective` keeps the results of"
         " attention to 1024 tokens or more and, compiled, of the widest layers, where a gate that trains multiplies them; `parts` keeps"
@@ -591,6 +592,11 @@ class MemoryConfig(Section):
         " is best with offload); `none` keeps all.",
     )
     recompute_every: Positive = Field(default=1, description="Recompute in every k-th block only.")
+    recompute_kinds: dict[str, Recompute] = Field(
+        default_factory=dict,
+        description="What `recompute` says, for blocks of one kind, by the name of their class: `FluxTransformerBlock: block`. Where"
+        " weights stream and activations are offloaded, a kind whose copies take longer than its computation is faster if it keeps less.",
+    )
     feed_forward_chunks: Positive = Field(
         default=1,
         description="Parts that the tokens pass the feed-forward layers of a block in, one after another: these are several times"
@@ -636,19 +642,30 @@ class MemoryConfig(Section):
         " needs a CUDA device, one process, and weights that are stepped behind the backward pass.",
     )
 
-    def policy_of(self, unit: int) -> str:
-        """What the backward pass of a unit computes again, as ``recompute`` has it, by the unit's number within its stage."""
-        return self.recompute if unit % self.recompute_every == 0 else "none"
+    def policy_of(self, unit: int, kind: str) -> str:
+        """What the backward pass of a unit computes again, as ``recompute`` has it.
+
+        Args:
+            unit: its number within its stage.
+            kind: its class's name.
+        """
+        return self.recompute_kinds.get(kind, self.recompute) if unit % self.recompute_every == 0 else "none"
+
+    @property
+    def policies(self) -> set[str]:
+        """All that blocks may have."""
+        return {self.recompute, *self.recompute_kinds.values()}
 
     @model_validator(mode="after")
     def _recompute_fits(self) -> MemoryConfig:
-        if self.recompute == "parts" and not self.compile:
-            raise ValueError("recompute is parts, which needs compile: true; or set recompute to selective")
+        if "parts" in self.policies and not self.compile:
+            key = "recompute" if self.recompute == "parts" else "recompute_kinds"
+            raise ValueError(f"{key} is parts, which needs compile: true; or set {key} to selective")
         return self
 
     @model_validator(mode="after")
     def _chunks_fit(self) -> MemoryConfig:
-        if self.feed_forward_chunks > 1 and self.compile and self.recompute == "none":
+        if self.feed_forward_chunks > 1 and self.compile and "none" in self.policies:
             raise ValueError("feed_forward_chunks is no use where compiled blocks keep all; set recompute to block, selective or parts")
         return self
 
@@ -785,7 +802,7 @@ class Config(Section):
         memory = self.memory
         found = [
             (self.adapter is not None, "adapter must be null: where weights are frozen there is nothing that can wait"),
-            (memory.recompute != "none", "memory.recompute must be none: each part of a pass would compute all again"),
+            (memory.policies != {"none"}, "memory.recompute must be none: each part of a pass would compute all again"),
             (memory.budget is not None, "memory.budget must be null: what it might choose is none of these"),
             (memory.swap != 0, "memory.swap must be 0: weights would be gone before their gradients are computed"),
             (memory.offload, "memory.offload must be false: activations come back once"),

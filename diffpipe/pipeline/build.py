@@ -21,6 +21,7 @@ from diffpipe.pipeline.cut import Fakes, Part, Probe, duplicate, expand
 from diffpipe.pipeline.memory.chunks import chunk
 from diffpipe.pipeline.memory.layer import MemoryLayer
 from diffpipe.pipeline.memory.quantize import FrozenLinear, has_products, quantize
+from diffpipe.pipeline.memory.recompute import kind_of
 from diffpipe.pipeline.memory.stream import Home
 from diffpipe.pipeline.mesh import Mesh
 from diffpipe.pipeline.schedule import Pipeline
@@ -82,8 +83,20 @@ def parts_of(whole: nn.Module, spec: StageSpec, spans: Sequence[Span], fakes: Fa
 
 
 def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span]]:
-    """The whole model on meta, adapted, in the types it is kept in, with only trained parameters requiring gradients; and its spans."""
+    """The whole model on meta, adapted, in the types it is kept in, with only trained parameters requiring gradients; and its spans.
+
+    Raises:
+        ConfigError: when the mesh cuts it where it cannot be cut, or ``memory.recompute_kinds`` names blocks that it has not.
+    """
     whole = _adapted_whole(config, model)
+    kinds = {kind_of(whole.get_submodule(unit)) for unit in expand(whole, model.spec.units)}
+    if unknown := sorted(config.memory.recompute_kinds.keys() - kinds):
+        raise ConfigError(
+            f"no block is a {unknown[0]}",
+            where=f"memory.recompute_kinds.{unknown[0]}",
+            expected=f"the name of a class of this model's blocks: {', '.join(sorted(kinds))}",
+            fix="correct the name, or leave it out",
+        )
     return whole, split(whole, model.spec, config.mesh)
 
 

@@ -59,7 +59,7 @@ def keys(whole: Rehearsal, bucket: Dims, device: torch.device) -> list[str]:
     )
     place = (_name(device), torch.__version__)
     return [
-        hashlib.blake2b(repr((visit.kind, memory.policy_of(visit.unit), run, place)).encode(), digest_size=16).hexdigest()
+        hashlib.blake2b(repr((visit.kind, whole.policy(memory, visit.unit), run, place)).encode(), digest_size=16).hexdigest()
         for visit in _visits(whole, bucket)
     ]
 
@@ -75,7 +75,7 @@ def _name(device: torch.device) -> str:
 def _timed(number: int, call: Call, whole: Rehearsal, device: torch.device) -> Seconds:
     """The median of a few runs with random weights, behind one that is not counted."""
     unit = _made(whole.plain[number], device)
-    forward = run_by(unit.forward, whole.config.memory, number)
+    forward = run_by(unit, whole.config.memory, number)
     args, kwargs = tree_unflatten([_random(x, device) if isinstance(x, Tensor) else x for x in call.leaves], call.tree)
     precision = precision_of(whole.config, device)
     found: list[Seconds] = []

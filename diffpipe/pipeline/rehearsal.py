@@ -31,6 +31,7 @@ from diffpipe.pipeline.memory.inference import measure_ahead
 from diffpipe.pipeline.memory.layer import chosen, order_of
 from diffpipe.pipeline.memory.ledger import Work, rounded
 from diffpipe.pipeline.memory.quantize import quantize
+from diffpipe.pipeline.memory.recompute import kind_of
 from diffpipe.pipeline.memory.stream import Stream, streamed
 from diffpipe.pipeline.memory.timeline import Recorder, Timeline, Visit
 from diffpipe.pipeline.order import in_flight, passes_of
@@ -172,7 +173,7 @@ class Rehearsal:
 
     def residency(self, bucket: Dims, memory: MemoryConfig) -> Residency:
         """Where weights lie under a memory section whose ``swap`` is a number or "all"; the bucket is one that is trained."""
-        key = (memory.swap, memory.room, memory.compile and (memory.recompute, memory.recompute_every))
+        key = (memory.swap, memory.room, memory.compile and self._policies(memory))
         if key not in self.residencies:
             self.residencies[key] = self._placed(self.timeline(bucket), memory)
         return self.residencies[key]
@@ -199,6 +200,13 @@ class Rehearsal:
         left = {"gathered weights": 0, "optimizer state": step.optimizer - sum(states[-2:]), "workspace": step.library}
         return {**step.always, **left}
 
+    def policy(self, memory: MemoryConfig, unit: int) -> str:
+        """What the backward pass of a unit of the stage computes again."""
+        return memory.policy_of(unit, kind_of(self.plain[unit]))
+
+    def _policies(self, memory: MemoryConfig) -> tuple[str, ...]:
+        return tuple(self.policy(memory, unit) for unit in range(len(self.plain)))
+
     def inventory(self, bucket: Dims) -> list[Unit]:
         """The stage's units, as the config's memory section treats them."""
         timeline, memory = self.timeline(bucket), self.config.memory
@@ -206,7 +214,7 @@ class Rehearsal:
         outside = {id(p): p for p in self.holder.parameters()}
         found: list[Unit] = []
         for visit in (e for e in timeline.ahead if isinstance(e, Visit)):
-            taken = self._footprint(timeline, visit, memory.policy_of(visit.unit), threshold, memory.compile)
+            taken = self._footprint(timeline, visit, self.policy(memory, visit.unit), threshold, memory.compile)
             own = list(self.units[visit.unit].parameters())
             for p in own:
                 outside.pop(id(p), None)
@@ -251,12 +259,12 @@ class Rehearsal:
         threshold = int(memory.offload_threshold * (1 << 20)) if memory.offload else None
         together = self._together(memory)
         released = frozenset(self._apart(memory, self.config.optimizer.release))
-        key = (bucket, memory.recompute, memory.recompute_every, threshold, memory.compile, together, released)
+        key = (bucket, self._policies(memory), threshold, memory.compile, together, released)
         if key not in self.peaks:
             timeline = self.timeline(bucket)
 
             def footprint(visit: Visit) -> Footprint:
-                return self._footprint(timeline, visit, memory.policy_of(visit.unit), threshold, memory.compile)
+                return self._footprint(timeline, visit, self.policy(memory, visit.unit), threshold, memory.compile)
 
             self.peaks[key] = find_peak(timeline, footprint, self._in_flight(memory), self.config.batch.accumulate, together, released)
         return self.peaks[key]
@@ -330,7 +338,7 @@ class Rehearsal:
             stream = Stream(homes, CPU, None if memory.room is None else int(memory.room * (1 << 20)))
         ahead, back = ([e for e in events if isinstance(e, Visit) and e.unit in homes] for events in (timeline.ahead, timeline.back))
         if memory.compile:
-            taken = {visit.unit: self._footprint(timeline, visit, memory.policy_of(visit.unit), None, compiles=True) for visit in ahead}
+            taken = {visit.unit: self._footprint(timeline, visit, self.policy(memory, visit.unit), None, compiles=True) for visit in ahead}
             stream.spare({unit: footprint.read for unit, footprint in taken.items()})
         visits = [*(Use(e.unit) for e in ahead), *(Use(e.unit, back=True) for e in back)]
         first = make_plan(visits, stream.sizes, stream.arena.numel(), {}, stream.parts())

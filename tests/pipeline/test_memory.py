@@ -120,6 +120,34 @@ def test_no_policy_changes_a_number(toys: Toys, plain: Callable[[str], list], fa
     same(steps_of(config_of(family, toys(family), {"rank": 4}, POLICIES[policy])), plain(family))
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+def test_each_kind_of_block_may_keep_what_is_best_for_it(toys: Toys, compiles: bool) -> None:
+    memory = {"offload": True, "offload_threshold": 0.001, "swap": "all", "compile": compiles}
+    singles = {"recompute_kinds": {"FluxSingleTransformerBlock": "none"}}
+    moved, steps = [], []
+    for more in ({}, singles, {"recompute": "none"}):
+        config = config_of("flux", toys("flux"), {"rank": 4}, {**memory, **more})
+        model = make_model(config.model, config.objective)
+        with open_mesh(config.mesh) as mesh:
+            pipeline = built(config, model, mesh)
+            steps.append([step_of(pipeline, batch_of(model, i)) for i in range(2)])
+            assert pipeline.memory.offload is not None
+            moved.append(pipeline.memory.offload.moved)
+        if not compiles:
+            same(steps[-1], steps[0])
+    assert moved[0] < moved[1] < moved[2]
+    for name, gradient in steps[1][1][1].items():
+        torch.testing.assert_close(gradient, steps[0][1][1][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_kind_of_block_that_a_model_has_not_is_named_with_those_it_has(toys: Toys) -> None:
+    config = config_of("flux", toys("flux"), {"rank": 4}, {"recompute_kinds": {"FluxDoubleBlock": "none"}})
+    model = make_model(config.model, config.objective)
+    with open_mesh(config.mesh) as mesh, pytest.raises(ConfigError, match="FluxDoubleBlock") as found:
+        build(config, model, mesh)
+    assert "FluxSingleTransformerBlock, FluxTransformerBlock" in str(found.value)
+
+
 def test_a_kind_of_block_is_compiled_once_for_a_bucket_whatever_else_is_done_to_it(toys: Toys) -> None:
     torch.compiler.reset()
     before = graphs()

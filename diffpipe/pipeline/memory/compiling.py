@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
 from diffpipe.config.schema import MemoryConfig
-from diffpipe.pipeline.memory.recompute import recompute
+from diffpipe.pipeline.memory.recompute import kind_of, recompute
 from diffpipe.pipeline.memory.tags import Cut
 
 # torch gives a function up, and runs it uncompiled from then on, after 8 kinds of inputs; buckets and kinds of units are more.
@@ -40,9 +40,9 @@ def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     return called
 
 
-def run_by(forward: Callable[..., Any], memory: MemoryConfig, unit: int) -> Callable[..., Any]:
-    """``forward`` as a memory section has a unit computed: compiled or not, its activations kept or computed again."""
-    policy = memory.policy_of(unit)
+def run_by(unit: nn.Module, memory: MemoryConfig, number: int) -> Callable[..., Any]:
+    """A unit's ``forward`` as a memory section has it computed: compiled or not, its activations kept or computed again."""
+    forward, policy = unit.forward, memory.policy_of(number, kind_of(unit))
     if memory.compile:
         return compiled(forward, policy)
     return forward if policy == "none" else recompute(forward, policy)

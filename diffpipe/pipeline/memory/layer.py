@@ -87,7 +87,7 @@ class MemoryLayer:
             self.stream = Stream(self.homes, self.device, room, staging, self.streams, told, self.into)
         self.turns.stream = self.stream
         for number, unit in enumerate(self.units):
-            forward = run_by(unit.forward, self.config, number)
+            forward = run_by(unit, self.config, number)
             streams = self.stream if number in self.homes else None
             if streams is not None or self.offload is not None:
                 forward = saving(forward, partial(_packers, streams, self.offload))

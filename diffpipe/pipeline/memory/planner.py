@@ -59,7 +59,7 @@ def choose(memory: MemoryConfig, units: int, budget: int, judge: Judge, host: fl
 
 def lower(memory: MemoryConfig, units: int, judge: Judge, host: float = inf) -> MemoryConfig | None:
     """The fastest settings that hold clearly less than these, whatever of them was set, or less at all; None where there are none."""
-    free = {"recompute", "recompute_every", "swap", "offload"}
+    free = {"recompute", "recompute_every", "recompute_kinds", "swap", "offload"}
     asked = MemoryConfig.model_validate({k: getattr(memory, k) for k in memory.model_fields_set - free})
     held = judge(memory).peak
     choice = choose(asked, units, int(held * LOWER), judge, host) or choose(asked, units, held - 1, judge, host)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -51,6 +52,11 @@ def recompute(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
             raise
 
     return recomputed
+
+
+def kind_of(unit: nn.Module) -> str:
+    """What ``memory.recompute_kinds`` calls a unit: its class's name, before which torch puts FSDP once it is sharded."""
+    return type(unit).__name__.removeprefix("FSDP")
 
 
 def is_attention(op: Any) -> bool:

@@ -50,9 +50,9 @@ def remedies(config: Config) -> Iterator[str]:
     memory = config.memory
     if memory.cuda_graphs:
         yield "memory.cuda_graphs: false"
-    if memory.recompute not in ("block", "parts") or memory.recompute_every > 1:
+    if not memory.policies <= {"block", "parts"} or memory.recompute_every > 1:
         kind = "parts" if memory.recompute == "parts" else "block"
-        yield f"memory.recompute: {kind} with recompute_every: 1"
+        yield f"memory.recompute: {kind} with recompute_every: 1" + (" and no recompute_kinds" if memory.recompute_kinds else "")
     if config.adapter is not None and memory.quantize == "none":
         yield "memory.quantize: fp8"
     if config.adapter is None and config.optimizer.kind == "adamw":
