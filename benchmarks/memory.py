@@ -36,7 +36,7 @@ CASES: dict[str, tuple[tuple[str, int, int, int], int, dict]] = {
     "flux-compiled": (FLUX, 1, {"compile": True}),
     "flux-fp8": (FLUX, 1, FP8),
     "flux-free": (FLUX, 1, {**FP8, **GRAPHS, "recompute": "none"}),
-    "flux-least": (FLUX, 1, {**LEAST, **GRAPHS, "recompute": "selective", "recompute_kinds": BUS, "room": 1250}),
+    "flux-least": (FLUX, 1, {**LEAST, **GRAPHS, "quantize": "fp7", "recompute": "selective", "recompute_kinds": BUS, "room": 1200}),
     "flux-least-4": (FLUX, 4, {**LEAST, **GRAPHS, "recompute": "selective"}),
     "wan-plain": (WAN, 1, {}),
     "wan-fp8": (WAN, 1, FP8),

@@ -43,7 +43,7 @@ def drawn(number: int, compiles: bool) -> tuple[dict[str, Any], dict[str, Any], 
     }
     task["fixed"] = {"compile": True} if compiles else {}
     if adapter and r.random() < 0.4:
-        task["fixed"]["quantize"] = r.choice(["fp8", "fp8-plain", "fp8-block", "nf4"])
+        task["fixed"]["quantize"] = r.choice(["fp8", "fp8-plain", "fp8-block", "fp7", "nf4"])
     memory: dict[str, Any] = {"swap": r.choice([0, 1, 2, 3, "all", "all"])}
     memory["recompute"] = r.choice(["none", "block", "selective", *["parts"] * compiles])
     if memory["swap"] and r.random() < 0.6:

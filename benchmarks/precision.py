@@ -39,6 +39,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "fp8-plain": {"quantize": "fp8-plain", "products": False},
     "fp8-plain, products": {"quantize": "fp8-plain", "products": True},
     "fp8-block": {"quantize": "fp8-block"},
+    "fp7": {"quantize": "fp7", "products": False},
+    "fp7, products": {"quantize": "fp7", "products": True},
     "nf4": {"quantize": "nf4"},
 }
 

@@ -623,16 +623,17 @@ class MemoryConfig(Section):
     )
     offload: bool = Field(default=False, description="Move saved activations to host memory between forward and backward.")
     offload_threshold: float = Field(default=16.0, gt=0, description="MiB from which a saved activation is moved.")
-    quantize: Literal["none", "fp8", "fp8-plain", "fp8-block", "nf4"] = Field(
+    quantize: Literal["none", "fp8", "fp8-plain", "fp8-block", "fp7", "nf4"] = Field(
         default="none",
         description="Kept form of the linear weights in blocks that adapters leave frozen: `fp8` (e4m3, scaled by row), `fp8-plain`"
-        " (e4m3, not scaled), `fp8-block` (e4m3, scaled by 128 x 128 values), `nf4` (4 bits, scaled by 64 values). What a file has"
-        " in e4m3 each fp8 kind takes as it is, with the file's scales.",
+        " (e4m3, not scaled), `fp8-block` (e4m3, scaled by 128 x 128 values), `fp7` (e3m3, scaled by row: an eighth less to hold and"
+        " to copy, as near), `nf4` (4 bits, scaled by 64 values). What a file has in e4m3 each fp8 kind takes as it is, with the file's"
+        " scales.",
     )
     products: bool | None = Field(
         default=None,
-        description="Multiply `fp8` and `fp8-plain` weights in fp8 (Ada, Hopper and later cards); null does where the card can. Those of"
-        " `fp8-block` and `nf4` are always brought to model.dtype first.",
+        description="Multiply `fp8`, `fp8-plain` and `fp7` weights in fp8 (Ada, Hopper and later cards); null does where the card can."
+        " Those of `fp8-block` and `nf4` are always brought to model.dtype first.",
     )
     compile: bool = Field(default=False, description="Compile each block with torch.compile, once for each kind of block and bucket.")
     cuda_graphs: bool = Field(
@@ -671,7 +672,7 @@ class MemoryConfig(Section):
 
     @model_validator(mode="after")
     def _products_fit(self) -> MemoryConfig:
-        if self.products and self.quantize not in ("fp8", "fp8-plain"):
+        if self.products and self.quantize not in ("fp8", "fp8-plain", "fp7"):
             raise ValueError(f"products is true, which quantize: {self.quantize} has no use for; set it to null, or take fp8")
         return self
 

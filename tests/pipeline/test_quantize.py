@@ -19,6 +19,7 @@ from diffpipe.models import MODELS, make_model
 from diffpipe.models.weights import WeightSource
 from diffpipe.pipeline.build import build
 from diffpipe.pipeline.memory.quantize import quantize
+from diffpipe.pipeline.memory.quantize.fp7 import Fp7Linear
 from diffpipe.pipeline.memory.quantize.fp8 import FEW, BlockFp8Linear, Fp8Linear, PlainFp8Linear
 from diffpipe.pipeline.memory.quantize.frozen import FrozenLinear
 from diffpipe.pipeline.memory.quantize.nf4 import Nf4Linear
@@ -29,12 +30,14 @@ from tests.pipeline.test_memory import POLICIES, config_of, same, steps_of
 
 Toys = Callable[[str], Path]
 BY_ROW = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)  # earlier ones scale fp8 products by row on CUDA only
-KINDS = ["fp8", "fp8-plain", "fp8-block", "nf4"]
+KINDS = ["fp8", "fp8-plain", "fp8-block", "fp7", "nf4"]
 MAKERS: dict[str, Callable[[nn.Linear], FrozenLinear]] = {
     "fp8": lambda inner: Fp8Linear(inner, products=False),
     "fp8-plain": lambda inner: PlainFp8Linear(inner, products=False),
     "fp8-block": BlockFp8Linear,
+    "fp7": lambda inner: Fp7Linear(inner, products=False),
     "nf4": Nf4Linear,
+    "fp7-products": lambda inner: Fp7Linear(inner, products=True),
     "products": lambda inner: Fp8Linear(inner, products=True),
 }
 
@@ -71,7 +74,8 @@ def passed(layer: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor
         ("fp8-plain", 0.04),
         ("fp8-block", 0.03),
         ("nf4", 0.1),
-        pytest.param("products", 0.045, marks=pytest.mark.skipif(not BY_ROW, reason="needs CUDA")),
+        ("fp7", 0.03),
+        *(pytest.param(k, 0.045, marks=pytest.mark.skipif(not BY_ROW, reason="needs CUDA")) for k in ("products", "fp7-products")),
     ],
 )
 def test_output_and_gradient_are_near_those_of_the_weight(kind: str, limit: float) -> None:
@@ -93,7 +97,7 @@ def test_a_layer_computes_with_the_weight_that_it_tells(kind: str, dtype: torch.
     assert all(torch.equal(a, b) for a, b in zip(passed(layer, x), passed(told, x), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8-plain", "fp8-block"])
+@pytest.mark.parametrize("kind", ["fp8", "fp8-plain", "fp8-block", "fp7"])
 def test_fp8_weights_are_the_same_whatever_type_they_are_brought_to(kind: str) -> None:
     plain = plain_layer()
     plain.weight[128:256, :128] *= 2.0**-20  # a row and a block of values that float16 hardly has
@@ -103,12 +107,37 @@ def test_fp8_weights_are_the_same_whatever_type_they_are_brought_to(kind: str) -
     assert torch.equal(layer.dequantized(torch.float16), exact.half())
 
 
+def test_seven_bits_stand_for_a_weight_as_near_as_eight_and_take_an_eighth_less() -> None:
+    plain = plain_layer()
+    plain.weight[::7, ::31] *= 20  # as trained weights have
+    eight, seven = layer_of("fp8", plain), layer_of("fp7", plain)
+    assert seven.codes.nbytes * 8 == eight.codes.nbytes * 7
+    errors = [(layer.weight - plain.weight).norm() for layer in (seven, eight)]
+    assert errors[0] < 1.02 * errors[1]
+
+
+def test_every_value_of_seven_bits_comes_back_as_it_went() -> None:
+    spaced = torch.arange(8) / 2
+    normal = torch.tensor([2.0 ** (e - 2) * (8 + m) for e in range(1, 8) for m in range(8)][:-1])  # the last is no value of e4m3
+    values = torch.cat([spaced, normal, -spaced, -normal, torch.zeros(2)])
+    plain = nn.Linear(128, 1).requires_grad_(False)
+    plain.weight[0] = values  # up to 448: the scale is one
+    assert torch.equal(layer_of("fp7", plain).weight[0], values)
+
+
+def test_rows_that_seven_bits_do_not_fill_are_kept_in_eight(toys: Toys) -> None:
+    model = nn.ModuleList([nn.Sequential(nn.Linear(32, 24, device="meta"), nn.Linear(24, 32, device="meta"))]).requires_grad_(False)
+    config = config_of("flux", toys("flux"), {"rank": 4}, {"quantize": "fp7"})
+    quantize(model, ["0"], config.memory, make_model(config.model, config.objective), multiplies=False)
+    assert [type(layer) for layer in model[0]] == [Fp7Linear, Fp8Linear]
+
+
 def test_a_weight_beyond_what_e4m3_holds_is_refused_unless_scaled() -> None:
     plain = plain_layer()
     plain.weight[3, 5] = 449
     with pytest.raises(ConfigError, match=r"memory\.quantize: fp8-plain: weight has values up to 449[\s\S]*fix: set it to fp8"):
         layer_of("fp8-plain", plain)
-    for kind in ("fp8", "fp8-block"):
+    for kind in ("fp8", "fp8-block", "fp7"):
         # The scale is a power of two, here 2, which brings 449 between codes that are 16 apart.
         assert layer_of(kind, plain).weight[3, 5] == 448
 
@@ -133,14 +162,14 @@ def saved_by(forward: Callable[[Tensor], Tensor], x: Tensor, policy: str) -> lis
     return kept
 
 
-@pytest.mark.parametrize("kind", ["products", *KINDS])
+@pytest.mark.parametrize("kind", ["products", "fp7-products", *KINDS])
 def test_a_compiled_block_that_is_recomputed_keeps_no_result(kind: str) -> None:
     layer = layer_of(kind, plain_layer())
     kept = saved_by(lambda x: torch.relu(layer(x)), torch.randn(2 * FEW, 256, requires_grad=True), "block")
     assert ((2 * FEW, 256), torch.float32) in kept and ((2 * FEW, 512), torch.float32) not in kept
 
 
-@pytest.mark.parametrize("kind", ["products", *KINDS])
+@pytest.mark.parametrize("kind", ["products", "fp7-products", *KINDS])
 def test_a_compiled_block_that_is_not_recomputed_keeps_codes_and_no_weight(kind: str) -> None:
     layer = layer_of(kind, plain_layer())
     kept = saved_by(lambda x: torch.relu(layer(x)), torch.randn(2 * FEW, 256, requires_grad=True), "none")

@@ -58,11 +58,11 @@ class Card:
 # Seconds in which a host queues one operation of a block that is not compiled: LoRAs of SDXL, Flux, LTX-Video and Lumina 2 took 49 to 54
 # microseconds an operation in benchmarks/RESULTS.md's table of families.
 QUEUE = 50e-6
-# Rates: of H100 and H200, products and copies as measured (shared/reference/gpu-baselines.md: 8192^3 products at 790 TFLOP/s, copies
-# at 51.7 GiB/s); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths of its bandwidths.
+# Rates: of H100 and H200, products and copies as measured (8192^3 products at 790 TFLOP/s; copies beside computation and copies the
+# other way at 46 GiB/s, alone at 51.7); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths of its bandwidths.
 CARDS = (
-    Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 51.7 * GIB, attention=0.65),
-    Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 51.7 * GIB, attention=0.7),
+    Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 46 * GIB, attention=0.65),
+    Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 46 * GIB, attention=0.7),
     Card("A100 80GB", 79 * GIB, (8, 0), 234e12, 1.6e12, 24 * GIB),
     Card("A100 40GB", 39 * GIB, (8, 0), 234e12, 1.2e12, 24 * GIB),
     Card("RTX PRO 6000", 94 * GIB, (12, 0), 380e12, 1.4e12, 50 * GIB),

@@ -14,6 +14,7 @@ from diffpipe.errors import ConfigError
 from diffpipe.models.adapters import base_name
 from diffpipe.models.base import DiffusionModel
 from diffpipe.models.weights import WeightSource
+from diffpipe.pipeline.memory.quantize.fp7 import Fp7Linear, fits
 from diffpipe.pipeline.memory.quantize.fp8 import BlockFp8Linear, Fp8Linear, PlainFp8Linear
 from diffpipe.pipeline.memory.quantize.frozen import FrozenLinear
 from diffpipe.pipeline.memory.quantize.nf4 import Nf4Linear
@@ -73,4 +74,7 @@ def _maker(config: MemoryConfig, multiplies: bool) -> Callable[[nn.Linear], Froz
             expected="a card of Ada, Hopper or later",
             fix="set it to null",
         )
-    return partial(Fp8Linear if config.quantize == "fp8" else PlainFp8Linear, products=products)
+    plain = partial(PlainFp8Linear if config.quantize == "fp8-plain" else Fp8Linear, products=products)
+    if config.quantize != "fp7":
+        return plain
+    return lambda layer: Fp7Linear(layer, products) if fits(layer) else plain(layer)

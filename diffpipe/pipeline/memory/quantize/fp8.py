@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,21 +35,35 @@ class Fp8Linear(FrozenLinear):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self.products or x.shape[0] < FEW:
-            return Dequantized.apply(dequantized, x, self.codes, self.scale, bias)
-        out = _Product.apply(x, self.codes, self.scale)
+            return Dequantized.apply(self.brought_to, x, self.codes, self.scale, bias)
+        out = _Product.apply(self.as_fp8, x, self.codes, self.scale)
         return out if bias is None else out + bias
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        return dequantized(self.codes, self.scale, dtype)
+        return self.brought_to(self.codes, self.scale, dtype)
+
+    @staticmethod
+    def as_fp8(codes: Tensor) -> Tensor:
+        """What is kept, or its bytes, as values of e4m3: what a product multiplies."""
+        return codes.view(FP8)
+
+    @staticmethod
+    def brought_to(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in another type."""
+        return dequantized(codes, scale, dtype)
 
     def encoded(self, source: WeightSource, name: str, device: torch.device) -> dict[str, Tensor]:
         codes, scale = source.codes(name) or self.quantized(source.read(name).to(device).float(), name)
         return {"codes": codes, "scale": scale}
 
     def quantized(self, weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-        """A float32 weight as codes and scales; its name is for messages."""
+        """A float32 weight as values of e4m3 and scales; its name is for messages."""
         scale = _scale(weight.abs().amax(1))
-        return (weight / scale[:, None]).to(FP8), scale
+        return self.rounded(weight / scale[:, None]), scale
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """The values of e4m3 that stand for a weight."""
+        return weight.to(FP8)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, products={self.products}"
@@ -124,18 +139,20 @@ class _Product(torch.autograd.Function):
     """x W^T in fp8, forward and for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, as_fp8: Callable[[Tensor], Tensor], x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale)
+        ctx.as_fp8 = as_fp8
         rows, by = _by_row(x)
-        return torch._scaled_mm(rows, codes.t(), scale_a=by, scale_b=scale[None], out_dtype=x.dtype)
+        return torch._scaled_mm(rows, as_fp8(codes).t(), scale_a=by, scale_b=scale[None], out_dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
         (gradient,) = gradients
         codes, scale = ctx.saved_tensors
         rows, by = _by_row(gradient * scale.to(gradient.dtype))
         # Ada and Hopper multiply fp8 only where what is summed over lies side by side in both factors. Here those are a column's
         # values, so the weight is laid out by columns, whichever of the factors it is made.
-        columns = behind(codes.view(torch.uint8), gradient).t().contiguous().view(FP8).t()
-        ones = torch.ones((1, codes.shape[1]), dtype=torch.float32, device=codes.device)
-        return torch._scaled_mm(rows, columns, scale_a=by, scale_b=ones, out_dtype=gradient.dtype), None, None
+        values = ctx.as_fp8(behind(codes.view(torch.uint8), gradient))
+        columns = values.view(torch.uint8).t().contiguous().view(FP8).t()
+        ones = torch.ones((1, columns.shape[1]), dtype=torch.float32, device=codes.device)
+        return None, torch._scaled_mm(rows, columns, scale_a=by, scale_b=ones, out_dtype=gradient.dtype), None, None
