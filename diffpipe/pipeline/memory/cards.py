@@ -59,7 +59,8 @@ class Card:
 # microseconds an operation in benchmarks/RESULTS.md's table of families.
 QUEUE = 50e-6
 # Rates: of H100 and H200, products and copies as measured (8192^3 products at 790 TFLOP/s; copies beside computation and copies the
-# other way at 46 GiB/s, alone at 51.7); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths of its bandwidths.
+# other way at 46 GiB/s, alone at 51.7); of the others three quarters of the data sheet's dense 16-bit tensor rate, and four fifths
+# of its bandwidths.
 CARDS = (
     Card("H200", 139 * GIB, (9, 0), 790e12, 4.0e12, 46 * GIB, attention=0.65),
     Card("H100", 79 * GIB, (9, 0), 700e12, 2.7e12, 46 * GIB, attention=0.7),

@@ -131,8 +131,8 @@ def tag(graph: fx.Graph, policy: str) -> None:
         kept |= _narrowest(graph, ahead)
     for node in ahead:
         # Not views of it: some versions of torch would keep them beside what they are views of.
-        made = root(node)[0] if not _views(node) and not (node.target is operator.getitem and _views(node.args[0])) else None
-        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if made in kept else CheckpointPolicy.PREFER_RECOMPUTE
+        keeps = not _is_view(node) and root(node)[0] in kept
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
         node.meta["ac_graph_id"] = 1
 
 
@@ -161,6 +161,11 @@ def _views(node: fx.Node) -> bool:
     if schema is None or schema.is_mutable:
         return False
     return node.target is torch.ops.aten._unsafe_view.default or any(r.alias_info is not None for r in schema.returns)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether its memory is that of another result: of a view, or of one of several views."""
+    return _views(node.all_input_nodes[0] if node.target is operator.getitem else node)
 
 
 def _is_tangent(node: fx.Node) -> bool:
