@@ -1,4 +1,4 @@
-"""A compiled block does the same by fewer operations: adapters' products are added in place, and GELU is computed by a sigmoid."""
+"""A compiled block does the same by fewer operations: adapters' products are added in place, GELU is a sigmoid, pairs are swapped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from functorch.compile import aot_function, nop
 from torch import Tensor, fx, nn
 from torch._inductor.decomposition import select_decomp_table
@@ -41,6 +42,20 @@ class Gelu(nn.Module):
 class Tanh(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x) * 2
+
+
+class Rotary(nn.Module):
+    """Turns pairs that lie side by side, or, ``apart``, of the two halves of each head."""
+
+    def __init__(self, apart: bool = False) -> None:
+        super().__init__()
+        self.apart = apart
+        angles = torch.randn(ROWS, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).repeat_interleave(2, 1)
+        self.cos, self.sin = (nn.Parameter(by, requires_grad=False) for by in (angles.cos(), angles.sin()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        by = self.cos, self.sin
+        return apply_rotary_emb(x.tanh(), by, use_real_unbind_dim=-2 if self.apart else -1, sequence_dim=1)
 
 
 def operations(block: nn.Module, x: Tensor) -> Counter[str]:
@@ -95,3 +110,15 @@ def test_a_tanh_that_is_used_by_itself_is_exact_near_0() -> None:
     x = torch.linspace(-1e-3, 1e-3, 101, requires_grad=True)
     assert operations(Tanh(), x)["aten.tanh.default"]
     torch.testing.assert_close(compiled(Tanh().forward, "none")(x), Tanh()(x), rtol=1e-6, atol=0)
+
+
+def test_pairs_are_turned_by_swapping_them_with_the_same_result() -> None:
+    x = torch.randn(2, ROWS, 3, 8, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    block = Rotary()
+    found = operations(block, x)
+    assert found["prims.rev.default"] == 2 and not found["aten.cat.default"], found  # once forward, once for the gradient
+    aside = operations(Rotary(apart=True), x)
+    assert not aside["prims.rev.default"] and aside["aten.cat.default"], aside
+    for rotary in (block, Rotary(apart=True)):
+        for got, wanted in zip(outcome(compiled(rotary.forward, "none"), rotary, x), outcome(rotary.forward, rotary, x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-15)

@@ -13,11 +13,12 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import flop_registry
 
-from diffpipe.pipeline.memory import adapted, gelu, merging, recompute
+from diffpipe.pipeline.memory import adapted, gelu, merging, recompute, rotary
 from diffpipe.pipeline.memory.adapted import add_in_place
 from diffpipe.pipeline.memory.gelu import by_sigmoid
 from diffpipe.pipeline.memory.merging import CONVERT, merge
 from diffpipe.pipeline.memory.recompute import LONG, is_attention
+from diffpipe.pipeline.memory.rotary import by_swapping
 
 Buffer = tuple[fx.Node, int]  # a node, and which of its results
 WRITTEN = "inductor_realize_to_strides"  # in a node's meta: inductor writes its result to memory
@@ -41,7 +42,7 @@ class Cut(CustomPartitionerFn):
 
     def uuid(self) -> Any:
         # What was compiled before is found again by it: as long as nothing that decides the cut has changed.
-        return get_hash_for_files((__file__, *(m.__file__ for m in (adapted, gelu, merging, recompute))), self.policy)
+        return get_hash_for_files((__file__, *(m.__file__ for m in (adapted, gelu, merging, recompute, rotary))), self.policy)
 
 
 def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -57,6 +58,7 @@ def cut(module: fx.GraphModule, policy: str, inputs: Any = (), **given: Any) -> 
     module.graph = merge(module.graph)
     by_sigmoid(module.graph)
     add_in_place(module.graph)
+    by_swapping(module.graph)
     if policy != "none":
         tag(module.graph, policy)
     _write_sums(module.graph)
