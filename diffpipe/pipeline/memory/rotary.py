@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,16 +50,24 @@ def _turned(node: fx.Node) -> tuple[fx.Node, bool] | None:
     last = node.meta["val"].ndim - 1
     if len(given) < 2 or given[1] % (last + 1) != last:
         return None
-    halves = [_half(part, last) for part in given[0]]
-    if halves[0] is None or halves[1] is None:
+    first, second = (_half(part, last) for part in given[0])
+    if first is None or second is None or first.pairs is not second.pairs or (first.place, second.place) != (1, 0):
         return None
-    (pairs, second, negative), (others, first, other) = halves
-    alike = pairs is others and pairs.meta["val"].dtype == node.meta["val"].dtype
-    return (pairs, negative) if alike and (second, first) == (1, 0) and negative != other else None
+    alike = first.pairs.meta["val"].dtype == node.meta["val"].dtype
+    return (first.pairs, first.negative) if alike and first.negative != second.negative else None
 
 
-def _half(part: fx.Node, last: int) -> tuple[fx.Node, int, bool] | None:
-    """The pairs of which a part of a stack has one value each, which one, and whether that is negative."""
+@dataclass
+class _Half:
+    """One value of each pair, as it is or negative."""
+
+    pairs: fx.Node
+    place: int
+    negative: bool
+
+
+def _half(part: fx.Node, last: int) -> _Half | None:
+    """What a part of a stack is, where it is one value of each pair."""
     given: Any = part.args
     if part.target is not aten.unsqueeze.default or given[1] % (last + 1) != last:
         return None
@@ -67,11 +76,11 @@ def _half(part: fx.Node, last: int) -> tuple[fx.Node, int, bool] | None:
     if negative:
         (chosen,) = chosen.args
     if chosen.target is aten.select.int:
-        pairs, dim, number = chosen.args
+        pairs, dim, place = chosen.args
     elif chosen.target is operator.getitem and chosen.args[0].target is aten.unbind.int:
-        pairs, dim = (*chosen.args[0].args, 0)[:2]
-        number = chosen.args[1]
+        (pairs, *dims), place = chosen.args[0].args, chosen.args[1]
+        dim = dims[0] if dims else 0
     else:
         return None
     shape = pairs.meta["val"].shape
-    return (pairs, number, negative) if len(shape) == last + 1 and dim % (last + 1) == last and shape[-1] == 2 else None
+    return _Half(pairs, place, negative) if len(shape) == last + 1 and dim % (last + 1) == last and shape[-1] == 2 else None
