@@ -120,9 +120,8 @@ def test_no_policy_changes_a_number(toys: Toys, plain: Callable[[str], list], fa
     same(steps_of(config_of(family, toys(family), {"rank": 4}, POLICIES[policy])), plain(family))
 
 
-@pytest.mark.parametrize("compiles", [False, True])
-def test_each_kind_of_block_may_keep_what_is_best_for_it(toys: Toys, compiles: bool) -> None:
-    memory = {"offload": True, "offload_threshold": 0.001, "swap": "all", "compile": compiles}
+def test_each_kind_of_block_may_keep_what_is_best_for_it(toys: Toys) -> None:
+    memory = {"offload": True, "offload_threshold": 0.001, "swap": "all"}
     singles = {"recompute_kinds": {"FluxSingleTransformerBlock": "none"}}
     moved, steps = [], []
     for more in ({}, singles, {"recompute": "none"}):
@@ -133,11 +132,8 @@ def test_each_kind_of_block_may_keep_what_is_best_for_it(toys: Toys, compiles: b
             steps.append([step_of(pipeline, batch_of(model, i)) for i in range(2)])
             assert pipeline.memory.offload is not None
             moved.append(pipeline.memory.offload.moved)
-        if not compiles:
-            same(steps[-1], steps[0])
+        same(steps[-1], steps[0])
     assert moved[0] < moved[1] < moved[2]
-    for name, gradient in steps[1][1][1].items():
-        torch.testing.assert_close(gradient, steps[0][1][1][name], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_a_kind_of_block_that_a_model_has_not_is_named_with_those_it_has(toys: Toys) -> None:
