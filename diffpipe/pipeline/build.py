@@ -89,22 +89,15 @@ def outline(config: Config, model: DiffusionModel) -> tuple[nn.Module, list[Span
         ConfigError: when the mesh cuts it where it cannot be cut, or ``memory.recompute_kinds`` names blocks that it has not.
     """
     whole = _adapted_whole(config, model)
-    kinds = {kind_of(whole.get_submodule(unit)) for unit in expand(whole, model.spec.units)}
-    if unknown := sorted(config.memory.recompute_kinds.keys() - kinds):
-        raise ConfigError(
-            f"no block is a {unknown[0]}",
-            where=f"memory.recompute_kinds.{unknown[0]}",
-            expected=f"the name of a class of this model's blocks: {', '.join(sorted(kinds))}",
-            fix="correct the name, or leave it out",
-        )
     return whole, split(whole, model.spec, config.mesh)
 
 
 def check_trained(config: Config, model: DiffusionModel) -> None:
-    """Find out before anything is encoded that what the config says of trained parameters is so, and that the adapter to start from fits.
+    """Find out before anything is encoded that what the config says of trained parameters and kinds of blocks is so, and that the adapter
+    to start from fits.
 
     Raises:
-        DiffpipeError: when a pattern finds nothing, or the file is missing or another adapter's.
+        DiffpipeError: when a pattern or a name finds nothing, or the file is missing or another adapter's.
     """
     whole = _adapted_whole(config, model)
     if config.adapter is not None and config.adapter.init is not None:
@@ -116,6 +109,14 @@ def check_trained(config: Config, model: DiffusionModel) -> None:
 
 def _adapted_whole(config: Config, model: DiffusionModel) -> nn.Module:
     whole = model.load_denoiser()
+    kinds = {kind_of(whole.get_submodule(unit)) for unit in expand(whole, model.spec.units)}
+    if unknown := sorted(config.memory.recompute_kinds.keys() - kinds):
+        raise ConfigError(
+            f"no block is a {unknown[0]}",
+            where=f"memory.recompute_kinds.{unknown[0]}",
+            expected=f"the name of a class of this model's blocks: {', '.join(sorted(kinds))}",
+            fix="correct the name, or leave it out",
+        )
     if config.adapter is not None:
         ranks = resolve_targets(model, whole, config.adapter)
         attach(whole, ranks, config.adapter, getattr(torch, config.model.trainable_dtype))
