@@ -298,4 +298,4 @@ def _is_heavy(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    return target.namespace not in ("aten", "prims") or target._overloadpacket in flop_registry
+    return target.namespace not in ("aten", "prims", "diffpipe") or target._overloadpacket in flop_registry

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
+from torch.library import Library, register_fake
+from torch.utils._triton import has_triton
 
 from diffpipe.models.weights import WeightSource
 from diffpipe.pipeline.memory.quantize.fp8 import FP8, Fp8Linear
@@ -15,6 +15,7 @@ from diffpipe.pipeline.memory.quantize.frozen import empty
 # found from whole bytes by what is one to all its columns, in one kernel. Of eight groups inductor would compute all for each column.
 GROUPS = 16
 FOURS, TWOS, ONES = GROUPS // 2, GROUPS // 4, GROUPS // 8  # bytes that hold so many bits of a code
+BYTES = FOURS + TWOS + ONES
 SMALLEST = 4.0  # of e3m3's normal values, where its largest is e4m3's; values of both are the same from there on
 STEP = 0.5  # between the values below
 FIRST = 72  # the e4m3 code of SMALLEST
@@ -28,19 +29,17 @@ class Fp7Linear(Fp8Linear):
 
     def __init__(self, inner: nn.Linear, products: bool) -> None:
         super().__init__(inner, products)
-        self.codes = empty(inner.out_features, inner.in_features // GROUPS * (FOURS + TWOS + ONES), dtype=torch.uint8)
+        self.codes = empty(inner.out_features, inner.in_features // GROUPS * BYTES, dtype=torch.uint8)
 
     @staticmethod
-    def as_fp8(codes: Tensor) -> Tensor:
-        return _unpacked(codes, lambda halves: (halves.float() * UNIT).to(FP8).view(torch.uint8)).view(FP8)
+    def as_fp8(codes: Tensor, after: Tensor | None) -> Tensor:
+        return torch.ops.diffpipe.unpacked(codes, codes if after is None else after, FP8)
 
     @staticmethod
     def brought_to(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         kind = torch.float32 if dtype == torch.float16 else dtype  # small scales are none of float16's values
-        # Nothing is added, but a compiler keeps no halves: the backward pass' scales are, for all that it knows, others (``behind``).
-        codes = codes + (scale[:, None] < 0).to(codes.dtype)
-        by = (UNIT * scale.to(kind))[:, None]
-        return _unpacked(codes, lambda halves: (halves.to(kind) * by).to(dtype))
+        halves = torch.ops.diffpipe.unpacked(codes, scale, torch.float16)  # the backward pass' scales are others to a compiler
+        return (halves.to(kind) * (UNIT * scale.to(kind))[:, None]).to(dtype)
 
     def encoded(self, source: WeightSource, name: str, device: torch.device) -> dict[str, Tensor]:
         # Of e4m3 codes in a file the small ones would be lost: their scales may leave the others' bits unused.
@@ -74,18 +73,38 @@ def _together(parts: Tensor, count: int, bits: int) -> Tensor:
     return whole
 
 
-def _unpacked(codes: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+def unpacked(codes: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
     """What bytes stand for.
 
     Args:
-        finish: makes the result of it in float16, smaller by ``UNIT``: a code's bits are put where float16 has its sign, the last of its
-            exponent and the first of its mantissa, which reads those of the smallest exponent as e3m3 does.
+        after: not read; a compiler must think that the result depends on it, so that it makes it anew for the backward pass.
+        dtype: e4m3; or float16, for cards that have none, whose values are smaller by ``UNIT``.
     """
-    planes = codes.unflatten(1, (FOURS + TWOS + ONES, -1)).int()
+    unpack = _unpack_by_kernel if codes.is_cuda and has_triton() else _unpack
+    return unpack(codes, dtype)
+
+
+def _unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """A code's bits are put where float16 has its sign, the last of its exponent and the first of its mantissa: it reads those of the
+    smallest exponent as e3m3 does."""
+    planes = codes.unflatten(1, (BYTES, -1)).int()
     columns = []
     for i in range(GROUPS):
         low = planes[:, i % FOURS] >> 4 * (i // FOURS) & 15
         middle = planes[:, FOURS + i % TWOS] >> 2 * (i // TWOS) & 3
         sign = planes[:, FOURS + TWOS + i % ONES] >> i // ONES & 1
-        columns.append(finish((low << 7 | middle << 11 | sign << 15).to(torch.int16).view(torch.float16)))
-    return torch.cat(columns, 1)
+        halves = (low << 7 | middle << 11 | sign << 15).to(torch.int16).view(torch.float16)
+        columns.append(halves if dtype == torch.float16 else (halves.float() * UNIT).to(dtype).view(torch.uint8))
+    return torch.cat(columns, 1).view(dtype)
+
+
+# An operation of its own, compiled once for each shape: as a part of compiled blocks, each of their layers would take minutes.
+_unpack_by_kernel = torch.compile(_unpack, dynamic=False)
+LIBRARY = Library("diffpipe", "FRAGMENT")
+LIBRARY.define("unpacked(Tensor codes, Tensor after, ScalarType dtype) -> Tensor")
+LIBRARY.impl("unpacked", unpacked, "CompositeExplicitAutograd")
+
+
+@register_fake("diffpipe::unpacked", lib=LIBRARY)
+def _(codes: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape[0], codes.shape[1] // BYTES * GROUPS, dtype=dtype)

@@ -43,9 +43,13 @@ class Fp8Linear(FrozenLinear):
         return self.brought_to(self.codes, self.scale, dtype)
 
     @staticmethod
-    def as_fp8(codes: Tensor) -> Tensor:
-        """What is kept, or its bytes, as values of e4m3: what a product multiplies."""
-        return codes.view(FP8)
+    def as_fp8(codes: Tensor, after: Tensor | None) -> Tensor:
+        """What is kept as values of e4m3, which a product multiplies.
+
+        Args:
+            after: the gradient, in a backward pass (``behind``).
+        """
+        return codes if after is None else behind(codes.view(torch.uint8), after).view(FP8)
 
     @staticmethod
     def brought_to(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,11 +143,11 @@ class _Product(torch.autograd.Function):
     """x W^T in fp8, forward and for the gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, as_fp8: Callable[[Tensor], Tensor], x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, as_fp8: Callable[[Tensor, Tensor | None], Tensor], x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
         ctx.save_for_backward(codes, scale)
         ctx.as_fp8 = as_fp8
         rows, by = _by_row(x)
-        return torch._scaled_mm(rows, as_fp8(codes).t(), scale_a=by, scale_b=scale[None], out_dtype=x.dtype)
+        return torch._scaled_mm(rows, as_fp8(codes, None).t(), scale_a=by, scale_b=scale[None], out_dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
@@ -152,7 +156,6 @@ class _Product(torch.autograd.Function):
         rows, by = _by_row(gradient * scale.to(gradient.dtype))
         # Ada and Hopper multiply fp8 only where what is summed over lies side by side in both factors. Here those are a column's
         # values, so the weight is laid out by columns, whichever of the factors it is made.
-        values = ctx.as_fp8(behind(codes.view(torch.uint8), gradient))
-        columns = values.view(torch.uint8).t().contiguous().view(FP8).t()
+        columns = ctx.as_fp8(codes, gradient).view(torch.uint8).t().contiguous().view(FP8).t()
         ones = torch.ones((1, columns.shape[1]), dtype=torch.float32, device=codes.device)
         return None, torch._scaled_mm(rows, columns, scale_a=by, scale_b=ones, out_dtype=gradient.dtype), None, None
