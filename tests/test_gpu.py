@@ -361,7 +361,7 @@ def test_replayed_steps_train_as_those_that_are_queued(
 
     (told, weights, none), (got, moved, captured) = run(False), run(True)
     assert none == 0 < captured
-    assert got == pytest.approx(told, rel=1e-4)
+    assert got == pytest.approx(told, rel=1e-4 if family == "sdxl" else 1e-5)  # SDXL's was seen 1.3e-5 off in one loss of 31
     for mine, wanted in zip(moved, weights, strict=True):
         for name, value in mine.items():
             torch.testing.assert_close(value, wanted[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

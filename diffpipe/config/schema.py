@@ -667,7 +667,8 @@ class MemoryConfig(Section):
     @model_validator(mode="after")
     def _chunks_fit(self) -> MemoryConfig:
         if self.feed_forward_chunks > 1 and self.compile and "none" in self.policies:
-            raise ValueError("feed_forward_chunks is no use where compiled blocks keep all; set recompute to block, selective or parts")
+            key = "recompute" if self.recompute == "none" else "recompute_kinds"
+            raise ValueError(f"feed_forward_chunks is no use where compiled blocks keep all; set {key} to block, selective or parts")
         return self
 
     @model_validator(mode="after")
@@ -803,7 +804,10 @@ class Config(Section):
         memory = self.memory
         found = [
             (self.adapter is not None, "adapter must be null: where weights are frozen there is nothing that can wait"),
-            (memory.policies != {"none"}, "memory.recompute must be none: each part of a pass would compute all again"),
+            (
+                memory.policies != {"none"},
+                "memory.recompute must be none, as must all recompute_kinds: each part of a pass would compute all again",
+            ),
             (memory.budget is not None, "memory.budget must be null: what it might choose is none of these"),
             (memory.swap != 0, "memory.swap must be 0: weights would be gone before their gradients are computed"),
             (memory.offload, "memory.offload must be false: activations come back once"),

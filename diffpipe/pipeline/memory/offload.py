@@ -75,16 +75,15 @@ class Offload:
         threshold: bytes of memory from which what holds it is moved.
         memory: where activations go.
         streams: torch's module of the device's streams and events.
-        into: the stream on which they come back; None for one of their own.
+        into: the stream on which they come back.
 
     Attributes:
         clock: time in which the computation waited for copies.
     """
 
-    def __init__(self, device: torch.device, threshold: int, memory: HostMemory, streams: Any = None, into: Any = None) -> None:
-        self.device, self.threshold, self.memory = device, threshold, memory
-        self.streams = streams or torch.get_device_module(device)
-        self.out, self.back = self.streams.Stream(device), into or self.streams.Stream(device)
+    def __init__(self, device: torch.device, threshold: int, memory: HostMemory, streams: Any, into: Any) -> None:
+        self.device, self.threshold, self.memory, self.streams = device, threshold, memory, streams
+        self.out, self.back = streams.Stream(device), into
         self.returned: Any = None  # the event of the last activations' way back, if any are under way
         self.pool: dict[int, list[Tensor]] = {}
         self.last: Pass | None = None  # of the step

@@ -8,7 +8,7 @@ from torch.library import Library, register_fake
 from torch.utils._triton import has_triton
 
 from diffpipe.models.weights import WeightSource
-from diffpipe.pipeline.memory.quantize.fp8 import FP8, Fp8Linear
+from diffpipe.pipeline.memory.quantize.fp8 import FP8, Fp8Linear, dequantized
 from diffpipe.pipeline.memory.quantize.frozen import empty
 
 # Groups of columns that lie side by side. Of every sixteen codes, one of each group, fourteen bytes are made: so each group is
@@ -37,9 +37,8 @@ class Fp7Linear(Fp8Linear):
 
     @staticmethod
     def brought_to(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        kind = torch.float32 if dtype == torch.float16 else dtype  # small scales are none of float16's values
         halves = torch.ops.diffpipe.unpacked(codes, scale, torch.float16)  # the backward pass' scales are others to a compiler
-        return (halves.to(kind) * (UNIT * scale.to(kind))[:, None]).to(dtype)
+        return dequantized(halves, UNIT * scale, dtype)
 
     def encoded(self, source: WeightSource, name: str, device: torch.device) -> dict[str, Tensor]:
         # Of e4m3 codes in a file the small ones would be lost: their scales may leave the others' bits unused.
