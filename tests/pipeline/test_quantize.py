@@ -97,6 +97,17 @@ def test_a_layer_computes_with_the_weight_that_it_tells(kind: str, dtype: torch.
     assert all(torch.equal(a, b) for a, b in zip(passed(layer, x), passed(told, x), strict=True))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_computes_in_the_type_that_autocast_says(kind: str) -> None:
+    layer = layer_of(kind, plain_layer())
+    x = torch.randn(2 * FEW, 256, generator=torch.Generator().manual_seed(1))
+    wanted = passed(layer, x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = passed(layer, x)
+    assert got[0].dtype == torch.bfloat16
+    assert all(torch.equal(a.to(b.dtype), b) for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("kind", ["fp8", "fp8-plain", "fp8-block", "fp7"])
 def test_fp8_weights_are_the_same_whatever_type_they_are_brought_to(kind: str) -> None:
     plain = plain_layer()

@@ -92,9 +92,9 @@ def _unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
         low = planes[:, i % FOURS] >> 4 * (i // FOURS) & 15
         middle = planes[:, FOURS + i % TWOS] >> 2 * (i // TWOS) & 3
         sign = planes[:, FOURS + TWOS + i % ONES] >> i // ONES & 1
-        halves = (low << 7 | middle << 11 | sign << 15).to(torch.int16).view(torch.float16)
-        columns.append(halves if dtype == torch.float16 else (halves.float() * UNIT).to(dtype).view(torch.uint8))
-    return torch.cat(columns, 1).view(dtype)
+        halves = (low << 7 | middle << 11 | sign << 15).to(torch.int16)
+        columns.append(halves if dtype == torch.float16 else (halves.view(torch.float16).float() * UNIT).to(dtype).view(torch.uint8))
+    return torch.cat(columns, 1).view(dtype)  # as whole numbers: autocast would bring others to its type
 
 
 # An operation of its own, compiled once for each shape: as a part of compiled blocks, each of their layers would take minutes.
