@@ -242,6 +242,7 @@ class Trainer:
     ) -> None:
         self.config, self.mesh, self.run, self.sinks, self.model, self.pipeline = config, mesh, run, sinks, model, pipeline
         self.forecast, self.startup = forecast, startup
+        self.queued = False  # whether it was told that steps are, which should be replayed
         self.module: nn.Module = pipeline.module
         self.optimizer: Optimizer = make_optimizer(config.optimizer, pipeline.trained.items())
         self.release = pipeline.memory.release_with(self.optimizer, mesh.mean_over_replicas)
@@ -433,6 +434,7 @@ class Trainer:
                 with self._explained(f"step {self.step + 1} of bucket {batch.bucket}"):
                     share = self.pipeline.train(batch.microbatches)
                 self.meter.lap("passes")
+                self._tell_queued()
                 return share
             except ShortageError as fault:
                 settings = self._lower(batch)
@@ -442,6 +444,13 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             self.pipeline.change_memory(settings)
             torch.cuda.empty_cache()
+
+    def _tell_queued(self) -> None:
+        """Warn, once, where steps that should be replayed are not."""
+        told = None if self.queued or self.pipeline.replays is None else self.pipeline.replays.complaint()
+        if told is not None:
+            self.queued = True
+            self.sinks.warn(told)
 
     def _lower(self, batch: Batch) -> MemoryConfig | None:
         if self.forecast is None or self.config.memory.on_oom != "adapt":

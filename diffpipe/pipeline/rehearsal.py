@@ -19,7 +19,7 @@ from diffpipe.optim.size import state_bytes
 from diffpipe.pipeline.attention import packs
 from diffpipe.pipeline.build import outline, parts_of, precision_of
 from diffpipe.pipeline.cut import NOTHING, Fakes, Part, Probe, duplicate
-from diffpipe.pipeline.memory.arena import Use, make_plan
+from diffpipe.pipeline.memory.arena import Use, room_to_settle, steady_plans
 from diffpipe.pipeline.memory.as_on_cuda import as_on_cuda
 from diffpipe.pipeline.memory.cards import Card
 from diffpipe.pipeline.memory.chunks import chunk
@@ -341,8 +341,8 @@ class Rehearsal:
             taken = {visit.unit: self._footprint(timeline, visit, self.policy(memory, visit.unit), None, compiles=True) for visit in ahead}
             stream.spare({unit: footprint.read for unit, footprint in taken.items()})
         visits = [*(Use(e.unit) for e in ahead), *(Use(e.unit, back=True) for e in back)]
-        first = make_plan(visits, stream.sizes, stream.arena.numel(), {}, stream.parts())
-        steady = make_plan(visits, stream.sizes, stream.arena.numel(), first.resident, stream.parts())
+        room = room_to_settle(visits, stream.sizes, stream.arena.numel(), {}, stream.parts())
+        *_, steady = steady_plans(visits, stream.sizes, room, {}, stream.parts())
         stepped = sum(rounded(p.nbytes) for home in homes.values() for p in home.trained)
         return Residency(
             resident,

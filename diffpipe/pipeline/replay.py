@@ -16,6 +16,7 @@ from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.memory.layer import MemoryLayer
 
 MOST = 64  # kinds of steps that are captured: each graph takes memory, on the host and on the device
+TRIED = 4 * MOST  # kinds of steps that are looked at
 
 
 def check_captured(captures: bool, model: DiffusionModel, device: torch.device) -> None:
@@ -65,13 +66,15 @@ class Captured:
     """A graph, with the tensors that it reads and writes.
 
     Attributes:
+        after: what lies on the device behind it, as ``MemoryLayer.state`` has it.
         held: the most that the device held while it was captured, in bytes: of what it takes when it is replayed, torch counts nothing.
     """
 
     graph: torch.cuda.CUDAGraph
     inputs: list[Any]
     outcome: Outcome
-    gradients: list[tuple[nn.Parameter, Tensor]]
+    gradients: dict[nn.Parameter, Tensor]
+    after: Hashable
     held: int
 
     def replay(self, inputs: Sequence[Any]) -> Outcome:
@@ -80,7 +83,7 @@ class Captured:
             if isinstance(place, Tensor):
                 place.copy_(given)
         self.graph.replay()
-        for parameter, gradient in self.gradients:
+        for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
         return self.outcome
 
@@ -88,14 +91,17 @@ class Captured:
 class Replays:
     """Runs steps of training that one process takes alone.
 
-    A kind of step, which is the shapes of what goes in and what lies on the device before, is captured once it has been run and left
-    the device as it found it: by then all is compiled and the order in which weights come is known.
+    A kind of step, which is the shapes of what goes in and what lies on the device before, is captured once it has been run and steps
+    are known to come back to what it found: by then all is compiled and the order in which weights come is known. Where weights lie may
+    differ from step to step and come back after a few, each of which is captured.
 
     Args:
         parameters: that may have gradients.
 
     Attributes:
+        gradients: where all graphs leave them: each with tensors of its own would hold as much again.
         held: of the last step, if it was replayed, as ``Captured`` has it; else 0.
+        gives_up: whether no more kinds are captured, for there are too many.
     """
 
     def __init__(self, memory: MemoryLayer, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -103,9 +109,12 @@ class Replays:
         # All of its steps, those too that are not captured: autograd adds gradients up on the stream where a weight was first used.
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.settled: set[Hashable] = set()
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.known: dict[Hashable, list[nn.Parameter]] = {}  # by kind of step that was run, those that had gradients
+        self.behind: dict[Hashable, Hashable] = {}  # by what lay on the device before a step, what lay there after it
         self.captured: dict[Hashable, Captured] = {}
         self.held = 0
+        self.gives_up = False
 
     def run(self, inputs: Any, kind: Hashable, passes: Passes) -> Outcome:
         """A step.
@@ -129,19 +138,44 @@ class Replays:
         before = self.memory.state()
         key = (tree, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), before, kind)
         if key not in self.captured:
-            if key not in self.settled or len(self.captured) == MOST:
+            if key not in self.known or len(self.captured) == MOST or not self._returns(before):
                 self.held, outcome = 0, passes(inputs)
-                if self.memory.state() == before:
-                    self.settled.add(key)
+                self._note(key, before)
                 return outcome
-            self.captured[key] = self._capture([x.clone() if isinstance(x, Tensor) else x for x in leaves], tree, passes)
+            self.captured[key] = self._capture([x.clone() if isinstance(x, Tensor) else x for x in leaves], tree, passes, self.known[key])
         found = self.captured[key]
         self.held = found.held
         for stream in self.memory.side_streams():
             self.stream.wait_stream(stream)  # copies of a step that was queued may still be under way
-        return found.replay(leaves)
+        outcome = found.replay(leaves)
+        self.memory.assume(found.after)
+        return outcome
 
-    def _capture(self, inputs: list[Any], tree: Any, passes: Passes) -> Captured:
+    def _note(self, key: Hashable, before: Hashable) -> None:
+        """A step of this kind has been queued."""
+        if len(self.known) < TRIED and len(self.captured) < MOST:
+            self.known[key] = [p for p in self.parameters if p.grad is not None]
+            self.behind[before] = self.memory.state()
+        else:
+            self.gives_up = True
+
+    def complaint(self) -> str | None:
+        """Why steps are queued in the place of being replayed, once there are too many kinds of them."""
+        if not self.gives_up:
+            return None
+        many = len(self.behind) > MOST // 2
+        why = "where streamed weights lie differs from step to step; try another memory.room" if many else "there are many buckets"
+        return f"memory.cuda_graphs: {len(self.captured)} kinds of steps are replayed, all others are queued as without it: {why}"
+
+    def _returns(self, state: Hashable) -> bool:
+        """Whether steps come back to what lay on the device, as far as they are known."""
+        met, at = set(), state
+        while at in self.behind and at not in met:
+            met.add(at)
+            at = self.behind[at]
+        return at == state and at in met
+
+    def _capture(self, inputs: list[Any], tree: Any, passes: Passes, trained: Sequence[nn.Parameter]) -> Captured:
         graph, beside = torch.cuda.CUDAGraph(), self.memory.side_streams()
         torch.cuda.synchronize(self.device)
         self.memory.forget_events()  # a graph cannot wait for what happened outside
@@ -150,6 +184,10 @@ class Replays:
             with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                 for stream in beside:
                     stream.wait_stream(self.stream)
+                if added := {p: self.gradients[p] for p in trained if p in self.gradients}:
+                    torch._foreach_zero_(list(added.values()))
+                    for parameter, gradient in added.items():
+                        parameter.grad = gradient
                 outcome = passes(tree_unflatten(inputs, tree))
                 for stream in beside:
                     self.stream.wait_stream(stream)
@@ -162,5 +200,6 @@ class Replays:
                 f"a step that cannot be captured ({told})", where="memory.cuda_graphs", expected="false", fix="set it to false"
             ) from fault
         self.memory.forget_events()  # nor what runs outside for what happens in a graph
-        gradients = [(p, p.grad) for p in self.parameters if p.grad is not None]
-        return Captured(graph, inputs, outcome, gradients, torch.cuda.max_memory_allocated(self.device))
+        gradients = {p: p.grad for p in trained if p.grad is not None}
+        self.gradients.update(gradients)
+        return Captured(graph, inputs, outcome, gradients, self.memory.state(), torch.cuda.max_memory_allocated(self.device))

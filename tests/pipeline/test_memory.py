@@ -21,7 +21,7 @@ from diffpipe.errors import ConfigError, ShortageError
 from diffpipe.models import MODELS, make_model
 from diffpipe.models.base import DiffusionModel
 from diffpipe.pipeline.build import build
-from diffpipe.pipeline.memory.arena import START, Load, Place, Share, Use, make_plan, smallest_room
+from diffpipe.pipeline.memory.arena import ROUNDS, START, Load, Place, Share, Use, make_plan, room_to_settle, smallest_room, steady_plans
 from diffpipe.pipeline.memory.compiling import graphs
 from diffpipe.pipeline.memory.shortage import explained
 from diffpipe.pipeline.mesh import Mesh, open_mesh
@@ -353,6 +353,19 @@ def test_every_block_is_brought_while_the_one_before_it_is_computed() -> None:
     plan = make_plan(visits, sizes, 20, plan.resident)
     late = [use for use, loads in [*zip(visits, plan.before, strict=True)][1:] if any(load.unit == use.unit for load in loads)]
     assert not late, "nothing is brought when it is due"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "room"), [({n: 298 if n < 19 else 124 for n in range(57)}, 1120), ({n: (7, 116, 46, 72)[n % 4] for n in range(32)}, 360)]
+)
+def test_where_steps_would_find_weights_elsewhere_by_turns_a_little_less_room_is_used(sizes: dict[int, int], room: int) -> None:
+    visits = step_visits(len(sizes))
+    turns = list(steady_plans(visits, sizes, room, {}))
+    assert len(turns) == ROUNDS and turns[-1].resident != turns[-2].resident
+    less = room_to_settle(visits, sizes, room, {})
+    assert room * 15 // 16 <= less < room
+    *_, before, last = steady_plans(visits, sizes, less, {})
+    assert last.resident == before.resident
 
 
 def test_the_smallest_room_holds_a_block_and_the_one_after_it() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain, islice
 from math import inf
 from typing import NamedTuple
 
 START = -1  # as a visit: before the plan begins
+ROUNDS = 12  # steps in which the arena should come to be left as it was found
+PARTS, LEFT = 128, 8  # of how many parts of the room how many may be left unused for that
 
 
 class Share(Enum):
@@ -127,10 +130,11 @@ class _Planner:
 
     def _ahead(self, i: int) -> None:
         """Load what comes next while the visit ``i`` is computed."""
-        coming: dict[int, Use] = {}
-        for use in (*self.visits[i + 1 :], *self.visits[: i + 1]):
-            coming.setdefault(use.unit, use)
-        for use in coming.values():
+        met: set[int] = set()
+        for use in chain(islice(self.visits, i + 1, None), islice(self.visits, i + 1)):
+            if use.unit in met:
+                continue
+            met.add(use.unit)
             if self._has(use):
                 continue
             if use.unit == self.visits[i].unit and use.unit not in self.held:
@@ -197,6 +201,35 @@ class _Planner:
             self.ghosts.append((*spans[other], self.last.pop(other, START)))
         after = max((v for begin, end, v in self.ghosts if begin < offset + size and offset < end), default=START)
         return offset, after
+
+
+def steady_plans(
+    visits: Sequence[Use], sizes: Mapping[int, int], room: int, resident: Mapping[int, Place], parts: Mapping[int, int] | None = None
+) -> Iterator[Plan]:
+    """The plans of steps that follow one another, until one leaves the arena as it found it; at most ``ROUNDS``. The arguments are those
+    of ``make_plan``."""
+    for _ in range(ROUNDS):
+        plan = make_plan(visits, sizes, room, resident, parts)
+        yield plan
+        if plan.resident == resident:
+            return
+        resident = plan.resident
+
+
+def room_to_settle(
+    visits: Sequence[Use], sizes: Mapping[int, int], room: int, resident: Mapping[int, Place], parts: Mapping[int, int] | None = None
+) -> int:
+    """The room to plan with so that steps come to leave the arena as they find it.
+
+    With some rooms they take turns between several states, or come back to none for long. A little less is used there, if that changes
+    it. The arguments are those of ``make_plan``.
+    """
+    least = smallest_room(sizes, [use.unit for use in visits])
+    for unused in range(LEFT + 1):
+        less = room - room * unused // PARTS
+        if less >= least and len(list(steady_plans(visits, sizes, less, resident, parts))) < ROUNDS:
+            return less
+    return room
 
 
 def smallest_room(sizes: Mapping[int, int], visits: Sequence[int], ahead: int = 1) -> int:

@@ -18,6 +18,12 @@ from diffpipe.pipeline.memory.tags import Cut
 MOST = 4096
 
 
+def allow_many() -> None:
+    """Have functions compiled for as many kinds of inputs as there are."""
+    torch._dynamo.config.recompile_limit = MOST
+    torch._dynamo.config.accumulated_recompile_limit = MOST
+
+
 def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
     """``forward`` compiled for the shapes that it is given; units of one kind share what is compiled.
 
@@ -25,8 +31,7 @@ def compiled(forward: Callable[..., Any], policy: str) -> Callable[..., Any]:
         policy: what the backward pass computes again, as ``memory.recompute``. The compiler sees both passes, so that the forward
             pass need not write what is computed again.
     """
-    torch._dynamo.config.recompile_limit = MOST
-    torch._dynamo.config.accumulated_recompile_limit = MOST
+    allow_many()
 
     def given(*args: Any, **kwargs: Any) -> Any:
         return tree_map(on_its_own, forward(*args, **kwargs))

@@ -125,6 +125,11 @@ class MemoryLayer:
         """What lies on the device of streamed weights: two steps that find the same copy the same."""
         return None if self.stream is None else self.stream.state()
 
+    def assume(self, state: Any) -> None:
+        """Go on from what ``state`` gave behind the passes that a graph has repeated."""
+        if self.stream is not None:
+            self.stream.assume(state)
+
     def side_streams(self) -> list[Any]:
         """The streams on which copies are made beside the passes."""
         return [side for mover in (self.stream, self.offload) if mover is not None for side in mover.side_streams()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from diffpipe.models.adapters import is_adapter
 from diffpipe.pipeline.clock import Clock
-from diffpipe.pipeline.memory.arena import START, Load, Place, Plan, Share, Use, make_plan, smallest_room
+from diffpipe.pipeline.memory.arena import START, Load, Place, Plan, Share, Use, make_plan, room_to_settle, smallest_room
 from diffpipe.pipeline.memory.ferry import end_of
 from diffpipe.pipeline.memory.host import ALIGNED, HostMemory
 from diffpipe.pipeline.memory.saved import Packer
 from diffpipe.pipeline.memory.staging import Staging
 
+State = tuple[tuple[tuple[int, Place], ...], tuple[Any, ...]]  # units with their places; with what their backward passes do without
+PLANS = 1024  # that are kept: where steps never come back to a state of the arena, each has one
 WORTH = 32  # a weight is left out of a copy where it is more than such a part of its unit: each gap makes one copy more
 
 
@@ -166,6 +168,7 @@ class Stream:
         self.types: dict[torch.dtype, Tensor] = {}
         self.copies, self.out = into or self.streams.Stream(device), self.streams.Stream(device)
         self.known: dict[Any, tuple[Use, ...]] = {}
+        self.rooms: dict[Any, int] = {}  # by what a step uses, that of the arena which it is planned with
         self.plans: dict[Any, Plan] = {}
         self.read: dict[int, set[str]] = {}  # by unit, weights that autograd has saved of it
         self.spared: dict[int, list[tuple[int, int]]] = {}  # by unit, what its backward pass does without
@@ -285,10 +288,14 @@ class Stream:
             home.bind(home.views(home.flat))
         self.bound, self.resident = {}, {}
 
-    def state(self) -> Hashable:
+    def state(self) -> State:
         """Where units lie in the arena, and what backward passes do without."""
         spared = tuple((unit, *spans) for unit, spans in sorted(self.spared.items()))
         return tuple(sorted(self.resident.items())), spared
+
+    def assume(self, state: State) -> None:
+        """Units lie in the arena where they lay when this was the state."""
+        self.resident = dict(state[0])
 
     def side_streams(self) -> tuple[Any, ...]:
         """Those that copies to the device and from it are made on."""
@@ -316,9 +323,14 @@ class Stream:
 
     def _planned(self, visits: tuple[Use, ...]) -> Plan:
         parts = self.parts()
-        signature = (visits, tuple(sorted(self.resident.items())), tuple(sorted(parts.items())))
+        course = visits, tuple(sorted(parts.items()))
+        if course not in self.rooms:
+            self.rooms[course] = room_to_settle(visits, self.sizes, self.arena.numel(), self.resident, parts)
+        signature = *course, tuple(sorted(self.resident.items()))
         if signature not in self.plans:
-            self.plans[signature] = make_plan(visits, self.sizes, self.arena.numel(), self.resident, parts)
+            if len(self.plans) == PLANS:
+                self.plans.clear()
+            self.plans[signature] = make_plan(visits, self.sizes, self.rooms[course], self.resident, parts)
         return self.plans[signature]
 
     def parts(self) -> dict[int, int]:

@@ -8,6 +8,7 @@ from torch.library import Library, register_fake
 from torch.utils._triton import has_triton
 
 from diffpipe.models.weights import WeightSource
+from diffpipe.pipeline.memory.compiling import allow_many
 from diffpipe.pipeline.memory.quantize.fp8 import FP8, Fp8Linear, dequantized
 from diffpipe.pipeline.memory.quantize.frozen import empty
 
@@ -79,8 +80,10 @@ def unpacked(codes: Tensor, after: Tensor, dtype: torch.dtype) -> Tensor:
         after: not read; a compiler must think that the result depends on it, so that it makes it anew for the backward pass.
         dtype: e4m3; or float16, for cards that have none, whose values are smaller by ``UNIT``.
     """
-    unpack = _unpack_by_kernel if codes.is_cuda and has_triton() else _unpack
-    return unpack(codes, dtype)
+    if not codes.is_cuda or not has_triton():
+        return _unpack(codes, dtype)
+    allow_many()
+    return _unpack_by_kernel(codes, dtype)
 
 
 def _unpack(codes: Tensor, dtype: torch.dtype) -> Tensor:
