@@ -1,11 +1,12 @@
 """1F1B over two processes of one thread each: how near it comes to the ideal speed, and how DeepSpeed's PipelineEngine does.
 
-    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.schedule [--rounds 5] [--microbatches 2 4 8] [--kinds lora full]
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.schedule [--rounds 5] [--microbatches 2 4 8] [--kinds lora full] [--spans 2]
 
 Eight blocks of Wan of more than 20 ms, four a stage. In each round by turns: one process takes the whole step while the other waits,
-both take it whole at once, the two stages take it, and DeepSpeed takes it with stages of the same parts and the same optimizer. Of m
-microbatches on p stages the ideal step lasts (m + p - 1) / (m p) of that of one process: alone, or beside another, since cores share
-caches, memory and power. Ratios are medians over the rounds. Leave the two cores to it; it takes five minutes there.
+both take it whole at once, the two stages take it, they take it interleaved with several spans of blocks each, as the planner would
+have it, and DeepSpeed, which has no such schedule, takes it with stages of the same parts and the same optimizer. Of m microbatches
+on p stages the ideal step of 1F1B lasts (m + p - 1) / (m p) of that of one process: alone, or beside another, since cores share
+caches, memory and power. Ratios are medians over the rounds. Leave the two cores to it; it takes ten minutes there.
 
 DeepSpeed takes part where it is installed, which diffpipe does not need:
 
@@ -41,15 +42,21 @@ LAYERS, STAGES = 8, 2
 SIZES = {"num_layers": LAYERS, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "text_dim": 64}
 HEIGHT, WIDTH = 192, 256  # 192 tokens
 Batch = list[tuple[dict[str, Any], Targets]]
-NAMES = ("alone", "beside", "1F1B", "DeepSpeed")
+NAMES = ("alone", "beside", "1F1B", "interleaved", "DeepSpeed")
 Step = Callable[[Batch], float]
 
 
-def config_of(kind: str, stages: int) -> Config:
+def config_of(kind: str, stages: int, spans: int = 1) -> Config:
+    count = stages * spans
     return Config.model_validate(
         {
             "run": {"steps": 1},
-            "mesh": {"stages": stages, "split": [LAYERS // stages * i for i in range(1, stages)]},
+            "mesh": {
+                "stages": stages,
+                "schedule": "interleaved" if spans > 1 else "1f1b",
+                "spans": spans,
+                "split": [LAYERS // count * i for i in range(1, count)],
+            },
             "model": {"family": "wan", "dtype": "float32"},
             "adapter": {"rank": 16} if kind == "lora" else None,
             "memory": {"recompute": "none"},
@@ -136,7 +143,7 @@ def timed(step: Step | None, batch: Batch, mesh: Mesh) -> tuple[float, float]:
     return time.perf_counter() - begun, loss
 
 
-def compare(kind: str, counts: Sequence[int], rounds: int, mesh: Mesh, one: Mesh) -> None:
+def compare(kind: str, counts: Sequence[int], rounds: int, spans: int, mesh: Mesh, one: Mesh) -> None:
     """Print a row for each number of microbatches."""
     config = config_of(kind, STAGES)
     model = make_random(config, SIZES)
@@ -146,6 +153,7 @@ def compare(kind: str, counts: Sequence[int], rounds: int, mesh: Mesh, one: Mesh
         whole = ours(config_of(kind, 1), model, one)
         steps: dict[str, Step | None] = {"alone": None if mesh.rank else whole, "beside": whole}
         steps["1F1B"] = ours(config, model, mesh)
+        steps["interleaved"] = ours(config_of(kind, STAGES, spans), model, mesh)
         if find_spec("deepspeed"):
             steps["DeepSpeed"] = deepspeeds(config, model, mesh, count)
         firsts = [timed(step, batch, mesh)[1] for step in steps.values()]  # which warms up, too
@@ -162,10 +170,14 @@ def compare(kind: str, counts: Sequence[int], rounds: int, mesh: Mesh, one: Mesh
 
 def row(kind: str, count: int, times: dict[str, list[float]]) -> str:
     ideal = (count + STAGES - 1) / (count * STAGES)
-    reached = {name: [one * ideal / took for one, took in zip(times[name], times["1F1B"], strict=True)] for name in ("alone", "beside")}
-    against = [other / took for other, took in zip(times.get("DeepSpeed", []), times["1F1B"], strict=False)]
+
+    def ratio(first: str, second: str, share: float = 1.0) -> str:
+        ratios = [one * share / other for one, other in zip(times.get(first, []), times[second], strict=False)]
+        return spread(ratios) if ratios else ""
+
     told = [kind, count, *(f"{statistics.median(times[name]):.3f}" if name in times else "" for name in NAMES)]
-    told += [spread(reached["alone"]), spread(reached["beside"]), spread(against) if against else ""]
+    told += [ratio(name, "1F1B", ideal) for name in ("alone", "beside")]
+    told += [ratio("alone", "interleaved", ideal), ratio("DeepSpeed", "1F1B"), ratio("DeepSpeed", "interleaved")]
     return f"| {' | '.join(map(str, told))} |"
 
 
@@ -190,6 +202,7 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8])
     options.add_argument("--kinds", nargs="+", choices=["lora", "full"], default=["lora", "full"])
+    options.add_argument("--spans", type=int, choices=[2, 4], default=2, help="of each stage, interleaved")
     given = options.parse_args()
     torch.set_num_threads(1)
     with open_mesh(config_of("lora", STAGES).mesh) as mesh:
@@ -198,10 +211,11 @@ def main() -> None:
         if not mesh.rank:
             block = forward_time(make_random(config_of("lora", 1), SIZES), one)
             print(f"torch {torch.__version__}; a block's forward pass takes {block * 1000:.0f} ms", flush=True)
-            columns = ["trains", "microbatches", *(f"{name}, s" for name in NAMES), "of the ideal alone", "beside", "DeepSpeed to 1F1B"]
+            columns = ["trains", "microbatches", *(f"{name}, s" for name in NAMES)]
+            columns += ["1F1B of the ideal alone", "beside", "interleaved of 1F1B's ideal", "DeepSpeed to 1F1B", "to interleaved"]
             print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         for kind in given.kinds:
-            compare(kind, given.microbatches, given.rounds, mesh, one)
+            compare(kind, given.microbatches, given.rounds, given.spans, mesh, one)
 
 
 if __name__ == "__main__":

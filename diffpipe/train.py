@@ -447,7 +447,7 @@ class Trainer:
 
     def _tell_queued(self) -> None:
         """Warn, once, where steps that should be replayed are not."""
-        told = None if self.queued or self.pipeline.replays is None else self.pipeline.replays.complaint()
+        told = None if self.queued or self.pipeline.replays is None else self.pipeline.replays.kinds.complaint()
         if told is not None:
             self.queued = True
             self.sinks.warn(told)

@@ -88,12 +88,55 @@ class Captured:
         return self.outcome
 
 
+class Kinds:
+    """The kinds of steps that were queued, and which of them may be captured.
+
+    A kind of step is the shapes of what goes in and what lies on the device before. It may be captured once it has been run and steps are
+    known to come back to what it found: by then all is compiled and the order in which weights come is known. Where weights lie may
+    differ from step to step and come back after a few.
+
+    Attributes:
+        trained: by kind, the parameters that had gradients.
+        behind: by what lay on the device before a step, what lay there after it.
+        captured: how many are.
+        gives_up: whether no more are captured, for there are too many.
+    """
+
+    def __init__(self) -> None:
+        self.trained: dict[Hashable, list[nn.Parameter]] = {}
+        self.behind: dict[Hashable, Hashable] = {}
+        self.captured, self.gives_up = 0, False
+
+    def note(self, kind: Hashable, before: Hashable, after: Hashable, trained: list[nn.Parameter]) -> None:
+        """A step has been queued."""
+        if len(self.trained) < TRIED and self.captured < MOST:
+            self.trained[kind], self.behind[before] = trained, after
+        else:
+            self.gives_up = True
+
+    def may_be_captured(self, kind: Hashable, before: Hashable) -> bool:
+        """Whether a step that would be queued now may be."""
+        return kind in self.trained and self.captured < MOST and self._returns(before)
+
+    def _returns(self, state: Hashable) -> bool:
+        """Whether steps come back to what lay on the device, as far as they are known."""
+        met, at = set(), state
+        while at in self.behind and at not in met:
+            met.add(at)
+            at = self.behind[at]
+        return at == state and at in met
+
+    def complaint(self) -> str | None:
+        """Why steps are queued in the place of being replayed, once there are too many kinds of them."""
+        if not self.gives_up:
+            return None
+        many = len(self.behind) > MOST // 2
+        why = "where streamed weights lie differs from step to step; try another memory.room" if many else "there are many buckets"
+        return f"memory.cuda_graphs: {self.captured} kinds of steps are replayed, all others are queued as without it: {why}"
+
+
 class Replays:
     """Runs steps of training that one process takes alone.
-
-    A kind of step, which is the shapes of what goes in and what lies on the device before, is captured once it has been run and steps
-    are known to come back to what it found: by then all is compiled and the order in which weights come is known. Where weights lie may
-    differ from step to step and come back after a few, each of which is captured.
 
     Args:
         parameters: that may have gradients.
@@ -101,7 +144,6 @@ class Replays:
     Attributes:
         gradients: where all graphs leave them: each with tensors of its own would hold as much again.
         held: of the last step, if it was replayed, as ``Captured`` has it; else 0.
-        gives_up: whether no more kinds are captured, for there are too many.
     """
 
     def __init__(self, memory: MemoryLayer, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
@@ -110,11 +152,9 @@ class Replays:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        self.known: dict[Hashable, list[nn.Parameter]] = {}  # by kind of step that was run, those that had gradients
-        self.behind: dict[Hashable, Hashable] = {}  # by what lay on the device before a step, what lay there after it
+        self.kinds = Kinds()
         self.captured: dict[Hashable, Captured] = {}
         self.held = 0
-        self.gives_up = False
 
     def run(self, inputs: Any, kind: Hashable, passes: Passes) -> Outcome:
         """A step.
@@ -138,11 +178,13 @@ class Replays:
         before = self.memory.state()
         key = (tree, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves), before, kind)
         if key not in self.captured:
-            if key not in self.known or len(self.captured) == MOST or not self._returns(before):
+            if not self.kinds.may_be_captured(key, before):
                 self.held, outcome = 0, passes(inputs)
-                self._note(key, before)
+                self.kinds.note(key, before, self.memory.state(), [p for p in self.parameters if p.grad is not None])
                 return outcome
-            self.captured[key] = self._capture([x.clone() if isinstance(x, Tensor) else x for x in leaves], tree, passes, self.known[key])
+            copied = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+            self.captured[key] = self._capture(copied, tree, passes, self.kinds.trained[key])
+            self.kinds.captured += 1
         found = self.captured[key]
         self.held = found.held
         for stream in self.memory.side_streams():
@@ -150,30 +192,6 @@ class Replays:
         outcome = found.replay(leaves)
         self.memory.assume(found.after)
         return outcome
-
-    def _note(self, key: Hashable, before: Hashable) -> None:
-        """A step of this kind has been queued."""
-        if len(self.known) < TRIED and len(self.captured) < MOST:
-            self.known[key] = [p for p in self.parameters if p.grad is not None]
-            self.behind[before] = self.memory.state()
-        else:
-            self.gives_up = True
-
-    def complaint(self) -> str | None:
-        """Why steps are queued in the place of being replayed, once there are too many kinds of them."""
-        if not self.gives_up:
-            return None
-        many = len(self.behind) > MOST // 2
-        why = "where streamed weights lie differs from step to step; try another memory.room" if many else "there are many buckets"
-        return f"memory.cuda_graphs: {len(self.captured)} kinds of steps are replayed, all others are queued as without it: {why}"
-
-    def _returns(self, state: Hashable) -> bool:
-        """Whether steps come back to what lay on the device, as far as they are known."""
-        met, at = set(), state
-        while at in self.behind and at not in met:
-            met.add(at)
-            at = self.behind[at]
-        return at == state and at in met
 
     def _capture(self, inputs: list[Any], tree: Any, passes: Passes, trained: Sequence[nn.Parameter]) -> Captured:
         graph, beside = torch.cuda.CUDAGraph(), self.memory.side_streams()

@@ -11,7 +11,7 @@ from diffpipe.config.schema import Config
 from diffpipe.errors import ConfigError
 from diffpipe.models import make_model
 from diffpipe.pipeline.mesh import open_mesh
-from diffpipe.pipeline.replay import check_captured
+from diffpipe.pipeline.replay import MOST, TRIED, Kinds, check_captured
 from diffpipe.train import train
 from tests.pipeline.test_memory import Toys, batch_of, built, config_of
 from tests.runs_program import prepared
@@ -59,3 +59,27 @@ def test_what_does_not_go_with_graphs_is_told(more: dict, told: str) -> None:
     raw["memory"] = {"cuda_graphs": True, **more.get("memory", {})}
     with pytest.raises(ValueError, match=f"memory.cuda_graphs is true, so {told}"):
         Config.model_validate(raw)
+
+
+def test_steps_are_captured_that_were_run_and_come_back_to_what_they_found() -> None:
+    kinds = Kinds()
+    for before, after in ((None, "a"), ("a", "b"), ("b", "c")):
+        kinds.note(("wide", before), before, after, [])
+    assert not kinds.may_be_captured(("wide", "b"), "b"), "it is not known where steps go on from c"
+    kinds.note(("wide", "c"), "c", "b", [])
+    assert [state for state in (None, "a", "b", "c") if kinds.may_be_captured(("wide", state), state)] == ["b", "c"]
+    assert not kinds.may_be_captured(("tall", "b"), "b"), "of this bucket nothing has been run"
+    kinds.note(("tall", "b"), "b", "c", [])
+    assert kinds.may_be_captured(("tall", "b"), "b")
+
+
+@pytest.mark.parametrize(("states", "told"), [(1, "there are many buckets"), (TRIED + 1, "try another memory.room")])
+def test_of_too_many_kinds_of_steps_a_run_is_told(states: int, told: str) -> None:
+    kinds = Kinds()
+    assert kinds.complaint() is None
+    for number in range(TRIED + 1):
+        kinds.note(number, number % states, (number + 1) % states, [])
+        if kinds.may_be_captured(number, number % states):
+            kinds.captured += 1
+    assert kinds.captured == (MOST if states == 1 else 0)
+    assert kinds.complaint() is not None and told in str(kinds.complaint())
