@@ -109,6 +109,10 @@ def main() -> None:
     given.size = given.size or size
     if given.rank:
         return run_rank(given)
+    for mesh in given.meshes or meshes:
+        _, replicas, shards = map(int, mesh.split("x"))
+        if given.microbatches % (replicas * shards):
+            options.error(f"{given.microbatches} microbatches cannot be shared by the {replicas * shards} replicas of mesh {mesh}")
     print(f"{given.case} {given.size}, {given.microbatches} microbatches, torch {torch.__version__}", flush=True)
     print(
         "| mesh | schedule | s/step | of ideal | of passes' order | held (foreseen), GiB, by stage | losses |\n|" + " --- |" * 7, flush=True
