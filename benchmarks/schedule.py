@@ -172,8 +172,9 @@ def row(kind: str, count: int, times: dict[str, list[float]]) -> str:
     ideal = (count + STAGES - 1) / (count * STAGES)
 
     def ratio(first: str, second: str, share: float = 1.0) -> str:
-        ratios = [one * share / other for one, other in zip(times.get(first, []), times[second], strict=False)]
-        return spread(ratios) if ratios else ""
+        if first not in times:  # DeepSpeed, which is not installed
+            return ""
+        return spread([one * share / other for one, other in zip(times[first], times[second], strict=True)])
 
     told = [kind, count, *(f"{statistics.median(times[name]):.3f}" if name in times else "" for name in NAMES)]
     told += [ratio(name, "1F1B", ideal) for name in ("alone", "beside")]

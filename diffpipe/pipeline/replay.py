@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,28 +95,30 @@ class Kinds:
     known to come back to what it found: by then all is compiled and the order in which weights come is known. Where weights lie may
     differ from step to step and come back after a few.
 
+    Args:
+        captured: those that are.
+
     Attributes:
         trained: by kind, the parameters that had gradients.
         behind: by what lay on the device before a step, what lay there after it.
-        captured: how many are.
         gives_up: whether no more are captured, for there are too many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, captured: Sized) -> None:
         self.trained: dict[Hashable, list[nn.Parameter]] = {}
         self.behind: dict[Hashable, Hashable] = {}
-        self.captured, self.gives_up = 0, False
+        self.captured, self.gives_up = captured, False
 
     def note(self, kind: Hashable, before: Hashable, after: Hashable, trained: list[nn.Parameter]) -> None:
         """A step has been queued."""
-        if len(self.trained) < TRIED and self.captured < MOST:
+        if len(self.trained) < TRIED and len(self.captured) < MOST:
             self.trained[kind], self.behind[before] = trained, after
         else:
             self.gives_up = True
 
     def may_be_captured(self, kind: Hashable, before: Hashable) -> bool:
         """Whether a step that would be queued now may be."""
-        return kind in self.trained and self.captured < MOST and self._returns(before)
+        return kind in self.trained and len(self.captured) < MOST and self._returns(before)
 
     def _returns(self, state: Hashable) -> bool:
         """Whether steps come back to what lay on the device, as far as they are known."""
@@ -132,7 +134,7 @@ class Kinds:
             return None
         many = len(self.behind) > MOST // 2
         why = "where streamed weights lie differs from step to step; try another memory.room" if many else "there are many buckets"
-        return f"memory.cuda_graphs: {self.captured} kinds of steps are replayed, all others are queued as without it: {why}"
+        return f"memory.cuda_graphs: {len(self.captured)} kinds of steps are replayed, all others are queued as without it: {why}"
 
 
 class Replays:
@@ -152,8 +154,8 @@ class Replays:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         self.gradients: dict[nn.Parameter, Tensor] = {}
-        self.kinds = Kinds()
         self.captured: dict[Hashable, Captured] = {}
+        self.kinds = Kinds(self.captured)
         self.held = 0
 
     def run(self, inputs: Any, kind: Hashable, passes: Passes) -> Outcome:
@@ -184,7 +186,6 @@ class Replays:
                 return outcome
             copied = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
             self.captured[key] = self._capture(copied, tree, passes, self.kinds.trained[key])
-            self.kinds.captured += 1
         found = self.captured[key]
         self.held = found.held
         for stream in self.memory.side_streams():
