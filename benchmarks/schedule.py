@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 torchrun --nproc_per_node=2 -m benchmarks.schedule [--rounds 5] [--microbatches 2 4 8] [--kinds lora full] [--spans 2]
 
 Eight blocks of Wan of more than 20 ms, four a stage. In each round by turns: one process takes the whole step while the other waits,
-both take it whole at once, the two stages take it, they take it interleaved with several spans of blocks each, as the planner would
-have it, and DeepSpeed, which has no such schedule, takes it with stages of the same parts and the same optimizer. Of m microbatches
-on p stages the ideal step of 1F1B lasts (m + p - 1) / (m p) of that of one process: alone, or beside another, since cores share
-caches, memory and power. Ratios are medians over the rounds. Leave the two cores to it; it takes ten minutes there.
+both take it whole at once, the two stages take it, they take it by eager 1F1B, which runs a microbatch further ahead, they take it
+interleaved with several spans of blocks each, as the planner would have it, and DeepSpeed, which has neither of these schedules, takes
+it with stages of the same parts and the same optimizer. Of m microbatches on p stages the ideal step of 1F1B lasts
+(m + p - 1) / (m p) of that of one process: alone, or beside another, since cores share caches, memory and power. Ratios are medians
+over the rounds. Leave the two cores to it; it takes a minute or two a round there.
 
 DeepSpeed takes part where it is installed, which diffpipe does not need:
 
@@ -27,7 +28,6 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.synthetic import Config, DiffusionModel, make_random, microbatches
@@ -42,18 +42,19 @@ LAYERS, STAGES = 8, 2
 SIZES = {"num_layers": LAYERS, "num_attention_heads": 4, "attention_head_dim": 128, "ffn_dim": 2048, "text_dim": 64}
 HEIGHT, WIDTH = 192, 256  # 192 tokens
 Batch = list[tuple[dict[str, Any], Targets]]
-NAMES = ("alone", "beside", "1F1B", "interleaved", "DeepSpeed")
+NAMES = ("alone", "beside", "1F1B", "eager 1F1B", "interleaved", "DeepSpeed")
+OURS = {"1F1B": "1f1b", "eager 1F1B": "eager-1f1b", "interleaved": "interleaved"}
 Step = Callable[[Batch], float]
 
 
-def config_of(kind: str, stages: int, spans: int = 1) -> Config:
+def config_of(kind: str, stages: int, schedule: str = "1f1b", spans: int = 1) -> Config:
     count = stages * spans
     return Config.model_validate(
         {
             "run": {"steps": 1},
             "mesh": {
                 "stages": stages,
-                "schedule": "interleaved" if spans > 1 else "1f1b",
+                "schedule": schedule,
                 "spans": spans,
                 "split": [LAYERS // count * i for i in range(1, count)],
             },
@@ -152,8 +153,8 @@ def compare(kind: str, counts: Sequence[int], rounds: int, spans: int, mesh: Mes
         # With weights of their own, so that all begin with the same.
         whole = ours(config_of(kind, 1), model, one)
         steps: dict[str, Step | None] = {"alone": None if mesh.rank else whole, "beside": whole}
-        steps["1F1B"] = ours(config, model, mesh)
-        steps["interleaved"] = ours(config_of(kind, STAGES, spans), model, mesh)
+        for name, schedule in OURS.items():
+            steps[name] = ours(config_of(kind, STAGES, schedule, spans if schedule == "interleaved" else 1), model, mesh)
         if find_spec("deepspeed"):
             steps["DeepSpeed"] = deepspeeds(config, model, mesh, count)
         firsts = [timed(step, batch, mesh)[1] for step in steps.values()]  # which warms up, too
@@ -177,8 +178,8 @@ def row(kind: str, count: int, times: dict[str, list[float]]) -> str:
         return spread([one * share / other for one, other in zip(times[first], times[second], strict=True)])
 
     told = [kind, count, *(f"{statistics.median(times[name]):.3f}" if name in times else "" for name in NAMES)]
-    told += [ratio(name, "1F1B", ideal) for name in ("alone", "beside")]
-    told += [ratio("alone", "interleaved", ideal), ratio("DeepSpeed", "1F1B"), ratio("DeepSpeed", "interleaved")]
+    told += [ratio("alone", name, ideal) for name in OURS] + [ratio("DeepSpeed", name) for name in OURS]
+    told += [ratio("beside", name, ideal) for name in OURS]
     return f"| {' | '.join(map(str, told))} |"
 
 
@@ -207,13 +208,13 @@ def main() -> None:
     given = options.parse_args()
     torch.set_num_threads(1)
     with open_mesh(config_of("lora", STAGES).mesh) as mesh:
-        alone, _ = dist.new_subgroups(1)
-        one = replace(mesh, rank=0, world=1, stage=0, stages=1, stage_group=alone, replica_group=alone)
+        one = replace(mesh, rank=0, world=1, stage=0, stages=1, stage_group=mesh.replica_group)
         if not mesh.rank:
             block = forward_time(make_random(config_of("lora", 1), SIZES), one)
             print(f"torch {torch.__version__}; a block's forward pass takes {block * 1000:.0f} ms", flush=True)
             columns = ["trains", "microbatches", *(f"{name}, s" for name in NAMES)]
-            columns += ["1F1B of the ideal alone", "beside", "interleaved of 1F1B's ideal", "DeepSpeed to 1F1B", "to interleaved"]
+            ratios = ("{} of 1F1B's ideal alone", "DeepSpeed to {}", "{} of 1F1B's ideal beside another")
+            columns += [ratio.format(name) for ratio in ratios for name in OURS]
             print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
         for kind in given.kinds:
             compare(kind, given.microbatches, given.rounds, given.spans, mesh, one)

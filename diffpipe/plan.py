@@ -152,7 +152,7 @@ def scale(config: Config, devices: int, card: str | None = None) -> tuple[Card, 
     found: list[Scaled] = []
     for stages in (n for n in range(1, len(units) + 1) if devices % (n * config.mesh.shard) == 0):
         sizes = {"stages": stages, "replicate": devices // stages // config.mesh.shard, "memory": None, "spans": None, "split": "auto"}
-        schedule = config.mesh.schedule if config.mesh.schedule != "interleaved" else "auto"
+        schedule = config.mesh.schedule if config.mesh.schedule not in ("eager-1f1b", "interleaved") else "auto"
         mesh = config.mesh.model_copy(update={**sizes, "schedule": schedule})
         placement = Placer(config.model_copy(update={"mesh": mesh}), model, chosen, buckets, units=units).place()
         reduced = int(2 * (mesh.replicas - 1) / mesh.replicas * trained / stages)

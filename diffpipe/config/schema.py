@@ -100,6 +100,9 @@ class RunConfig(Section):
         return self
 
 
+IN_ROUNDS = ("eager-1f1b", "interleaved", "zero-bubble")  # schedules that need several stages, and rounds of one size
+
+
 def fills_rounds(microbatches: int, stages: int) -> bool:
     """Whether a step's microbatches make rounds of one size, of at least as many as stages where there are so many."""
     return microbatches % max(1, microbatches // stages) == 0
@@ -119,9 +122,10 @@ class MeshConfig(Section):
         " microbatch's, so that at most two blocks are whole at once; false gathers all of a stage once a step and shares gradients out"
         " at its end, which takes less communication and more memory.",
     )
-    schedule: Literal["auto", "1f1b", "interleaved", "gpipe", "zero-bubble"] = Field(
+    schedule: Literal["auto", "1f1b", "eager-1f1b", "interleaved", "gpipe", "zero-bubble"] = Field(
         default="auto",
-        description="Order of a step's passes: `1f1b` takes a microbatch back as soon as it can; `interleaved` does so with several spans"
+        description="Order of a step's passes: `1f1b` takes a microbatch back as soon as it can; `eager-1f1b` does so behind nearly twice"
+        " as many ahead, so that no stage waits for what is on its way; `interleaved` does so with several spans"
         " of units on each stage, which idles less and sends more; `gpipe` takes all ahead, then all back; `zero-bubble` fills what is idle"
         " with the gradients of weights (without adapter, mesh.shard and memory policies). `auto` is the one of these that is estimated to"
         " take least time and fits: never gpipe where there are as many microbatches as stages.",
@@ -161,11 +165,11 @@ class MeshConfig(Section):
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> MeshConfig:
-        if self.schedule in ("interleaved", "zero-bubble") and self.stages == 1:
+        if self.schedule in IN_ROUNDS and self.stages == 1:
             raise ValueError(f"schedule is {self.schedule}, which needs stages 2 or more; set it to auto")
         if self.schedule == "interleaved" and self.spans == 1:
             raise ValueError("schedule is interleaved, which needs spans 2 or more; set spans to null, or schedule to 1f1b")
-        if (self.schedule in ("1f1b", "gpipe") or self.stages == 1) and (self.spans or 1) > 1:
+        if (self.schedule in ("1f1b", "eager-1f1b", "gpipe") or self.stages == 1) and (self.spans or 1) > 1:
             raise ValueError(f"spans is {self.spans}, which needs schedule interleaved or zero-bubble and stages 2 or more; set it to null")
         return self
 
@@ -785,7 +789,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Config:
         count, stages, schedule = self.batch.accumulate, self.mesh.stages, self.mesh.schedule
-        named = schedule in ("interleaved", "zero-bubble")
+        named = schedule in IN_ROUNDS
         if (named or (self.mesh.spans or 1) > 1) and not fills_rounds(count, stages):
             told = f"mesh.schedule is {schedule}" if named else f"mesh.spans is {self.mesh.spans}"
             raise ValueError(

@@ -25,7 +25,7 @@ def passes_of(schedule: str, stages: int, spans: int, microbatches: int) -> list
     Args:
         schedule: as ``mesh.schedule`` has it, but auto.
         spans: that each stage holds; stage ``n`` those numbered n, n + stages, ...
-        microbatches: of a step; for several spans they make rounds of one size.
+        microbatches: of a step; but in gpipe and 1f1b they make rounds of one size.
     """
     if schedule == "gpipe" or (schedule == "1f1b" and microbatches < stages):
         return [[Pass(kind, n, m) for kind in ("ahead", "back") for m in range(microbatches)] for n in range(stages)]

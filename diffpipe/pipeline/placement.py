@@ -115,7 +115,7 @@ class Placer:
             return
         free = [v for v in SPANS if stages * v <= len(self.units)]
         several = [mesh.spans] if mesh.spans else [] if isinstance(mesh.split, list) else free
-        if mesh.schedule in ("1f1b", "gpipe"):
+        if mesh.schedule in ("1f1b", "eager-1f1b", "gpipe"):
             yield mesh.schedule, 1
         elif mesh.schedule == "interleaved":
             yield from (("interleaved", v) for v in several or [mesh.all_spans // stages])
@@ -125,6 +125,8 @@ class Placer:
             rounds = fills_rounds(count, stages) and count >= stages
             if mesh.spans in (None, 1):
                 yield "1f1b", 1
+                if rounds and not is_open(config.memory):
+                    yield "eager-1f1b", 1
             # Streamed weights come by once for each span and microbatch: that is left to who asks for it.
             if mesh.spans or (rounds and not is_open(config.memory) and config.memory.swap == 0):
                 yield from (("interleaved", v) for v in several if v > 1)

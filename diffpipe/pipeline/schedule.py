@@ -35,6 +35,11 @@ from diffpipe.pipeline.shard import Shards, hand_over, stand_in
 from diffpipe.pipeline.stage import Stage, StepInputs
 
 Microbatches = list[tuple[dict[str, Any], Targets]]
+OF_SPANS = {  # by what ``mesh.schedule`` calls them: those that take several spans of a stage, or one
+    "eager-1f1b": ScheduleInterleaved1F1B,  # of one span it is no other
+    "interleaved": ScheduleInterleaved1F1B,
+    "zero-bubble": ScheduleInterleavedZeroBubble,
+}
 
 
 class Pipeline:
@@ -227,16 +232,15 @@ class Pipeline:
         """Each microbatch through all units; the losses on the last stage."""
         last = self.mesh.stage == self.mesh.stages - 1
         own = self._numbered()
-        halved = self.order == "zero-bubble"
-        behind = 2 * self.mesh.stages if len(own) > 1 or halved else None
+        several = OF_SPANS.get(self.order)
+        behind = 2 * self.mesh.stages if several else None
 
         def make() -> tuple[Any, list[Any]]:
             stages: list[Any] = [self._torch_stage(stage, number, borders[number], borders[number + 1], behind) for number, stage in own]
             # scale_grads would divide what earlier steps left in .grad; the last stage divides its loss itself.
             given: dict[str, Any] = {"loss_fn": lambda loss, number: loss, "scale_grads": False}
-            if behind is not None:
-                split = ScheduleInterleavedZeroBubble if halved else ScheduleInterleaved1F1B
-                return (split if torch.is_grad_enabled() else ScheduleLoopedBFS)(stages, count, **given), stages
+            if several is not None:
+                return (several if torch.is_grad_enabled() else ScheduleLoopedBFS)(stages, count, **given), stages
             all_ahead = self.order == "gpipe" or count < self.mesh.stages
             return (ScheduleGPipe if all_ahead else Schedule1F1B)(stages[0], count, **given), stages
 

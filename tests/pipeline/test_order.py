@@ -18,6 +18,7 @@ from diffpipe.pipeline.simulate import simulate
 TORCHS: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "gpipe": ScheduleGPipe,
+    "eager-1f1b": ScheduleInterleaved1F1B,
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleInterleavedZeroBubble,
 }
@@ -78,6 +79,9 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         ("gpipe", 3, 1, 2),
         ("1f1b", 2, 1, 2),
         ("1f1b", 4, 1, 7),
+        ("eager-1f1b", 2, 1, 4),
+        ("eager-1f1b", 4, 1, 8),
+        ("eager-1f1b", 4, 1, 3),
         ("interleaved", 2, 2, 3),
         ("interleaved", 4, 3, 8),
         ("interleaved", 3, 2, 2),
@@ -129,7 +133,18 @@ def test_all_microbatches_go_ahead_before_any_comes_back_in_gpipe() -> None:
 
 def test_a_stage_holds_fewer_microbatches_the_later_it_is() -> None:
     assert [in_flight(passes) for passes in passes_of("1f1b", 4, 1, 8)] == [4, 3, 2, 1]
+    assert [in_flight(passes) for passes in passes_of("eager-1f1b", 4, 1, 8)] == [7, 5, 3, 1]
     assert [in_flight(passes) for passes in passes_of("interleaved", 4, 2, 8)] == [11, 9, 7, 5]
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 8), (4, 8), (8, 64)])
+def test_eager_1f1b_waits_for_links_at_its_ends_alone(stages: int, microbatches: int) -> None:
+    def late(schedule: str) -> float:
+        passes = passes_of(schedule, stages, 1, microbatches)
+        return simulate(passes, [1.0] * stages, [2.0] * stages, [0.1] * (stages - 1)).seconds - 3.0 * (microbatches + stages - 1)
+
+    assert late("eager-1f1b") == pytest.approx(0.2 * (stages - 1))  # the first microbatch's way ahead, and the last one's way back
+    assert late("1f1b") > 2 * late("eager-1f1b")
 
 
 def test_a_slow_stage_makes_the_others_wait() -> None:

@@ -95,6 +95,16 @@ def test_the_schedule_that_idles_least_is_taken_and_the_reason_told(place: Place
     assert "mesh.schedule: interleaved" in told and "1f1b" in told and "bubble" in told and "balance" in told
 
 
+def test_where_links_are_slow_stages_run_further_ahead(place: Place) -> None:
+    def chosen(seconds: float, **more: Any) -> Placement:
+        return place({"spans": 1}, measured=[{BUCKET: [(seconds, 2 * seconds)] * UNITS}] * 2, **more)
+
+    assert chosen(1.0).mesh.schedule == "1f1b"
+    short = chosen(1e-5)  # beside which a payload's way is long
+    assert short.mesh.schedule == "eager-1f1b" and "mesh.schedule: eager-1f1b" in "\n".join(short.lines())
+    assert chosen(1e-5, batch={"accumulate": 5}).mesh.schedule == "1f1b"  # makes no rounds of one size
+
+
 @pytest.mark.parametrize(
     ("mesh", "more", "schedule"),
     [

@@ -67,6 +67,8 @@ def test_a_span_past_the_last_unit_is_an_error() -> None:
         ({"mesh": {"stages": 1, "schedule": "interleaved"}}, "needs stages 2 or more"),
         ({"mesh": {"stages": 2, "schedule": "interleaved", "spans": 1}}, "needs spans 2 or more"),
         ({"mesh": {"stages": 2, "schedule": "1f1b", "spans": 2}}, "needs schedule interleaved or zero-bubble"),
+        ({"mesh": {"stages": 2, "schedule": "eager-1f1b", "spans": 2}}, "needs schedule interleaved or zero-bubble"),
+        ({"mesh": {"stages": 1, "schedule": "eager-1f1b"}}, "needs stages 2 or more"),
         ({"mesh": {"stages": 2, "spans": 2, "split": [3]}}, "2 stages of 2 spans need 3"),
         ({"mesh": {"stages": 3, "split": [4, 2]}}, "must rise strictly"),
         ({"mesh": {"stages": 2, "memory": ["24GiB"]}}, "memory has 1 entries for 2 stages"),
