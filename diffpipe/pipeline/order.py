@@ -22,6 +22,9 @@ class Pass:
 def passes_of(schedule: str, stages: int, spans: int, microbatches: int) -> list[list[Pass]]:
     """The passes of each stage in the order in which torch's schedule of that name runs them.
 
+    Eager 1F1B (arXiv:2211.05322) is interleaved 1F1B (arXiv:2104.04473) of one span: forward passes run so far ahead that what crosses has
+    a pass of time; zero-bubble is ZB-H1 (arXiv:2401.10241).
+
     Args:
         schedule: as ``mesh.schedule`` has it, but auto.
         spans: that each stage holds; stage ``n`` those numbered n, n + stages, ...
