@@ -32,25 +32,24 @@ def passes_of(schedule: str, stages: int, spans: int, microbatches: int) -> list
     """
     if schedule == "gpipe" or (schedule == "1f1b" and microbatches < stages):
         return [[Pass(kind, n, m) for kind in ("ahead", "back") for m in range(microbatches)] for n in range(stages)]
-    if schedule == "1f1b":
-        return [_by_turns(_ahead(n, 1, stages, microbatches), _back(n, 1, stages, microbatches), stages - n - 1) for n in range(stages)]
     halves = schedule == "zero-bubble"
+    more = 2 if schedule in ("eager-1f1b", "interleaved") else 1  # microbatches ahead for each stage behind
     round_ = microbatches // max(1, microbatches // stages)
     passes = []
     for n in range(stages):
-        early = min((spans - 1) * round_ + (1 if halves else 2) * (stages - 1 - n), spans * microbatches)
+        early = min((spans - 1) * round_ + more * (stages - 1 - n), spans * microbatches)
         back = _back(n, spans, stages, microbatches, round_, "inputs" if halves else "back")
         turns = _by_turns(_ahead(n, spans, stages, microbatches, round_), back, early)
         passes.append(_with_weights(turns, n) if halves else turns)
     return passes
 
 
-def _ahead(stage: int, spans: int, stages: int, microbatches: int, round_: int = 1) -> list[Pass]:
+def _ahead(stage: int, spans: int, stages: int, microbatches: int, round_: int) -> list[Pass]:
     """Forward passes: a round of microbatches through each span in turn."""
     return _counted("ahead", [stage + step // round_ % spans * stages for step in range(spans * microbatches)])
 
 
-def _back(stage: int, spans: int, stages: int, microbatches: int, round_: int = 1, kind: Kind = "back") -> list[Pass]:
+def _back(stage: int, spans: int, stages: int, microbatches: int, round_: int, kind: Kind) -> list[Pass]:
     return _counted(kind, [stage + (spans - 1 - step // round_ % spans) * stages for step in range(spans * microbatches)])
 
 

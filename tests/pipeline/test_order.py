@@ -9,19 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from diffpipe.pipeline.order import Pass, in_flight, passes_of
+from diffpipe.pipeline.schedule import OF_SPANS
 from diffpipe.pipeline.simulate import simulate
 
-TORCHS: dict[str, Any] = {
-    "1f1b": Schedule1F1B,
-    "gpipe": ScheduleGPipe,
-    "eager-1f1b": ScheduleInterleaved1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zero-bubble": ScheduleInterleavedZeroBubble,
-}
+TORCHS: dict[str, Any] = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe, **OF_SPANS}
 
 
 class Recorded(PipelineStage):
